@@ -1,0 +1,191 @@
+"""Train the small CLIP that stands in for OpenAI's, on captions of drawn scenes and garments.
+
+    python -m miniature.train_clip --output_dir modeling_tscir/miniature_clip
+
+About an hour on two CPU cores. The weights are rounded to fp16 and stored once, in the package. The val world's caption
+oracle (a picture's full caption finds it among the val gallery) is logged on the way and tells when it is good enough.
+"""
+
+import argparse
+import itertools
+import math
+import random
+import time
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from miniature.garments import Garment
+from miniature.language import full_caption, garment_caption, modification, scene_caption
+from miniature.render import IMAGE_SIZE, render
+from miniature.scenes import Scene
+from miniature.worlds import scene_worlds, training_garments, training_groups
+
+
+GROUPS_PER_BATCH, GROUP_SIZE, LOOSE_PER_BATCH, GARMENTS_PER_BATCH = 32, 4, 96, 32
+VOCAB_SIZE = 800
+
+
+def small_tokenizer() -> CLIPTokenizer:
+    """CLIP's kind of byte-level BPE, its merges learned from the training world's captions and modifications."""
+    rng = random.Random("vocabulary")
+    groups = itertools.islice(training_groups("vocabulary", for_triplets=True), 3000)
+    texts = [modification(g.reference, e, "train", rng) for g in groups for e in g.edits]
+    scenes = (s for g in itertools.islice(training_groups("vocabulary", for_triplets=False), 3000) for s in g.scenes)
+    texts += [scene_caption(s, rng) for s in scenes]
+    texts += [garment_caption(g, rng) for g in itertools.islice(training_garments("vocabulary"), 5000)]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - 2 - len(alphabet),
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    learned = bpe.get_vocab()
+    merges = sorted(_merges(bpe), key=lambda pair: learned["".join(pair)])
+    # Every byte, alone and at a word's end, so that any text has tokens; then the merges; then start and end.
+    pieces = dict.fromkeys([*alphabet, *(letter + "</w>" for letter in alphabet)])
+    pieces |= dict.fromkeys("".join(pair) for pair in merges)
+    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+
+
+def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
+    import json
+
+    return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+
+
+def small_clip(vocab_size: int) -> CLIPModel:
+    tower = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+    ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
+    config = CLIPConfig(
+        text_config={**tower, **ends, "vocab_size": vocab_size, "max_position_embeddings": 77},
+        vision_config={**tower, "image_size": IMAGE_SIZE, "patch_size": 8},
+        projection_dim=192,
+    )
+    # Eager attention is about twice as fast as sdpa at this size under bf16 autocast.
+    return CLIPModel._from_config(config, attn_implementation="eager")
+
+
+def small_image_processor() -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+
+
+class Batches:
+    """Batches in which half of the pictures are near-duplicates of each other, so that details have to be read."""
+
+    def __init__(self, num_groups: int, num_garments: int, seed: int):
+        self.rng = random.Random(seed)
+        self.things: list[Scene | Garment] = []
+        for group in itertools.islice(training_groups(f"clip {seed}", for_triplets=False), num_groups):
+            self.things += [group.reference, *self.rng.sample(group.scenes[1:], GROUP_SIZE - 1)]
+        self.num_scenes = len(self.things)
+        self.things += itertools.islice(training_garments(f"clip {seed}"), num_garments)
+        self.pixels = np.stack([render(thing, f"clip {seed} {i}") for i, thing in enumerate(self.things)])
+
+    def next(self) -> tuple[np.ndarray, list[str]]:
+        rng = self.rng
+        firsts = rng.sample(range(0, self.num_scenes, GROUP_SIZE), GROUPS_PER_BATCH)
+        hard = [first + i for first in firsts for i in range(GROUP_SIZE)]
+        loose = rng.sample(range(self.num_scenes), LOOSE_PER_BATCH)
+        garments = rng.sample(range(self.num_scenes, len(self.things)), GARMENTS_PER_BATCH)
+        texts = [scene_caption(self.things[i], rng, full_share=0.6, clause_share=0.15) for i in hard]
+        texts += [scene_caption(self.things[i], rng) for i in loose]
+        texts += [garment_caption(self.things[i], rng) for i in garments]
+        return self.pixels[[*hard, *loose, *garments]], texts
+
+
+def to_pixel_values(pixels: np.ndarray, processor: CLIPImageProcessorPil) -> torch.Tensor:
+    """What `processor` gives for pictures that already have its size, [B, 3, H, W]."""
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (processor.image_mean, processor.image_std))
+    return (scaled - mean) / std
+
+
+@torch.no_grad()
+def caption_oracle(model, tokenizer, processor, world: str) -> float:
+    """R@1 of the full captions of `world`'s edited pictures, within all of its pictures."""
+    groups, fillers = scene_worlds()[world]
+    gallery = [s for g in groups for s in g.scenes] + list(fillers)
+    wanted = [full_caption(s) for g in groups for s in g.targets]
+    truth = [i * 9 + 1 + j for i in range(len(groups)) for j in range(4)]
+    images, texts = [], []
+    for start in range(0, len(gallery), 256):
+        pixels = np.stack([render(s, f"{world} {i}") for i, s in enumerate(gallery[start : start + 256], start)])
+        images.append(model.get_image_features(pixel_values=to_pixel_values(pixels, processor)).pooler_output)
+    for start in range(0, len(wanted), 256):
+        ids = tokenizer(wanted[start : start + 256], padding=True, return_tensors="pt").input_ids
+        texts.append(model.get_text_features(input_ids=ids).pooler_output)
+    images, texts = (torch.nn.functional.normalize(torch.cat(x).float(), dim=-1) for x in (images, texts))
+    return ((texts @ images.T).argmax(1) == torch.tensor(truth)).float().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--max_steps", type=int, default=2600)
+    parser.add_argument("--num_groups", type=int, default=16_000)
+    parser.add_argument("--num_garments", type=int, default=12_000)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--warmup_steps", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    tokenizer, processor = small_tokenizer(), small_image_processor()
+    model = small_clip(len(tokenizer))
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)  # noqa: T201
+    batches = Batches(args.num_groups, args.num_garments, args.seed)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(0.9, 0.98),
+    )
+
+    def rate(step: int) -> float:
+        if step < args.warmup_steps:
+            return (step + 1) / args.warmup_steps
+        done = (step - args.warmup_steps) / (args.max_steps - args.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    start = time.time()
+    for step in range(1, args.max_steps + 1):
+        pixels, texts = batches.next()
+        encoded = tokenizer(texts, padding=True, return_tensors="pt")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(
+                pixel_values=to_pixel_values(pixels, processor), input_ids=encoded.input_ids, return_loss=True
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        model.logit_scale.data.clamp_(max=math.log(100))
+        if step % 50 == 0:
+            line = f"step {step} loss {loss.item():.3f} scale {model.logit_scale.exp().item():.1f}"
+            print(f"{line} seconds {time.time() - start:.0f}", flush=True)  # noqa: T201
+        if step % 400 == 0 or step == args.max_steps:
+            print(f"step {step} val caption oracle R@1 {caption_oracle(model, tokenizer, processor, 'val'):.3f}", flush=True)  # noqa: T201
+            model.save_pretrained(args.output_dir)
+    model.half().save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

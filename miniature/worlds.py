@@ -1,0 +1,146 @@
+"""The three worlds: which scenes and garments belong to training, to val and to test. No scene is in two of them.
+
+Val and test are drawn first, from seeds of their own; training then draws anything else. Nothing here renders a
+picture, so the whole division takes a second and every part of it can be made again on its own.
+"""
+
+import functools
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from miniature.garments import CATEGORIES, Garment, random_garment, random_two_edits
+from miniature.scenes import (
+    KINDS,
+    KINDS_NOT_IN_TRIPLETS,
+    Group,
+    Scene,
+    allowed_in_stage1,
+    allowed_in_triplets,
+    random_group,
+    random_scene,
+)
+
+
+GROUPS = {"val": 300, "test": 600}  # four queries and nine pictures each
+FILLERS = {"val": 300, "test": 600}  # pictures that belong to no group
+GARMENT_QUERIES = {"val": 200, "test": 400}  # in each of the three categories
+GARMENT_FILLERS = {"val": 300, "test": 600}
+
+
+class SceneWorld(NamedTuple):
+    groups: tuple[Group, ...]
+    fillers: tuple[Scene, ...]
+
+
+class GarmentQuery(NamedTuple):
+    reference: Garment
+    target: Garment
+    fields: tuple[str, str]
+
+
+class GarmentWorld(NamedTuple):
+    queries: dict[str, tuple[GarmentQuery, ...]]
+    fillers: dict[str, tuple[Garment, ...]]
+
+
+@functools.cache
+def scene_worlds() -> dict[str, SceneWorld]:
+    """Groups and fillers of val and test, each scene once."""
+    taken: set[tuple] = set()
+    worlds = {}
+    for name in ("val", "test"):
+        rng = random.Random(f"scenes {name}")
+        groups: list[Group] = []
+        while len(groups) < GROUPS[name]:
+            group = random_group(rng, frozenset(KINDS))
+            if group is None:
+                continue
+            keys = {scene.key for scene in group.scenes}
+            if not keys & taken:
+                taken |= keys
+                groups.append(group)
+        fillers: list[Scene] = []
+        while len(fillers) < FILLERS[name]:
+            scene = random_scene(rng)
+            if scene.key not in taken:
+                taken.add(scene.key)
+                fillers.append(scene)
+        worlds[name] = SceneWorld(tuple(groups), tuple(fillers))
+    return worlds
+
+
+@functools.cache
+def garment_worlds() -> dict[str, GarmentWorld]:
+    """Queries and fillers of val and test by category, each garment once."""
+    taken: set[Garment] = set()
+    worlds = {}
+    for name in ("val", "test"):
+        rng = random.Random(f"garments {name}")
+        queries: dict[str, list[GarmentQuery]] = {c: [] for c in CATEGORIES}
+        fillers: dict[str, list[Garment]] = {c: [] for c in CATEGORIES}
+        for category in CATEGORIES:
+            while len(queries[category]) < GARMENT_QUERIES[name]:
+                reference = random_garment(rng, category)
+                target, fields = random_two_edits(rng, reference)
+                if reference != target and not {reference, target} & taken:
+                    taken |= {reference, target}
+                    queries[category].append(GarmentQuery(reference, target, fields))
+            while len(fillers[category]) < GARMENT_FILLERS[name]:
+                garment = random_garment(rng, category)
+                if garment not in taken:
+                    taken.add(garment)
+                    fillers[category].append(garment)
+        worlds[name] = GarmentWorld(
+            {c: tuple(q) for c, q in queries.items()}, {c: tuple(f) for c, f in fillers.items()}
+        )
+    return worlds
+
+
+@functools.cache
+def reserved_scenes() -> frozenset[tuple]:
+    return frozenset(
+        scene.key
+        for world in scene_worlds().values()
+        for scene in (*world.fillers, *(s for group in world.groups for s in group.scenes))
+    )
+
+
+@functools.cache
+def reserved_garments() -> frozenset[Garment]:
+    return frozenset(
+        garment
+        for world in garment_worlds().values()
+        for category in CATEGORIES
+        for garment in (*world.fillers[category], *(g for q in world.queries[category] for g in q[:2]))
+    )
+
+
+def training_groups(seed: str, for_triplets: bool) -> Iterator[Group]:
+    """Groups of near-duplicates of the training world, without end; `for_triplets` leaves out what triplets never hold."""
+    rng = random.Random(seed)
+    kinds = frozenset(KINDS) - KINDS_NOT_IN_TRIPLETS if for_triplets else frozenset(KINDS)
+    reserved = reserved_scenes()
+    while True:
+        group = random_group(rng, kinds)
+        if group is None or any(scene.key in reserved for scene in group.scenes):
+            continue
+        if for_triplets and not all(allowed_in_triplets(s) for s in (group.reference, *group.targets)):
+            continue
+        yield group
+
+
+def stage1_scenes(seed: str) -> Iterator[Scene]:
+    rng = random.Random(seed)
+    while True:
+        scene = random_scene(rng)
+        if scene.key not in reserved_scenes() and allowed_in_stage1(scene):
+            yield scene
+
+
+def training_garments(seed: str) -> Iterator[Garment]:
+    rng = random.Random(seed)
+    while True:
+        garment = random_garment(rng)
+        if garment not in reserved_garments():
+            yield garment
