@@ -1,0 +1,117 @@
+"""Frozen features of many images or texts: decoding beside the forward pass, batches of one length, memory bounded."""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from .images import ImageSource, load_image
+
+
+def prefetched(function: Callable, items: Sequence, ahead: int = 2) -> Iterator:
+    """`function` of each item in order, computed in a thread up to `ahead` items early."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(function, item) for item in items[:ahead])
+        for item in items[ahead:]:
+            yield waiting.popleft().result()
+            waiting.append(pool.submit(function, item))
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def image_batches(processor, sources: Sequence[ImageSource], batch_size: int, ahead: int = 2) -> Iterator[torch.Tensor]:
+    """pixel_values [<= batch_size, 3, H, W] of pictures in order. `sources` is indexed as it is needed."""
+
+    def prepare(start: int) -> torch.Tensor:
+        images = [load_image(sources[i]) for i in range(start, min(start + batch_size, len(sources)))]
+        return processor.image_processor(images, return_tensors="pt").pixel_values
+
+    return prefetched(prepare, range(0, len(sources), batch_size), ahead)
+
+
+@torch.inference_mode()
+def embed_images(
+    model, processor, sources: Sequence[ImageSource], batch_size: int = 64, progress: bool | str = False
+) -> torch.Tensor:
+    """L2-normalised image embeddings [len(sources), D], fp32, on the CPU."""
+    embeds = torch.empty(len(sources), model.config.clip_config.projection_dim)
+    start = 0
+    for pixels in tracked(image_batches(processor, sources, batch_size), len(sources), batch_size, progress):
+        features = model.get_image_features(pixels.to(model.device, model.dtype))
+        embeds[start : start + len(pixels)] = F.normalize(features.float(), dim=-1).cpu()
+        start += len(pixels)
+    return embeds
+
+
+@torch.inference_mode()
+def embed_images_with_patches(
+    model, processor, sources: Sequence[ImageSource], batch_size: int = 64, progress: bool | str = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image embeddings [n, D] in fp32 and patch states [n, N, d_v] in bf16, on the CPU."""
+    embeds, patches, start = None, None, 0
+    for pixels in tracked(image_batches(processor, sources, batch_size), len(sources), batch_size, progress):
+        image_embeds, patch_states = model.encode_image(pixels.to(model.device, model.dtype))
+        if embeds is None:
+            embeds = torch.empty(len(sources), image_embeds.shape[1])
+            patches = torch.empty(len(sources), *patch_states.shape[1:], dtype=torch.bfloat16)
+        embeds[start : start + len(pixels)] = image_embeds.float().cpu()
+        patches[start : start + len(pixels)] = patch_states.cpu()
+        start += len(pixels)
+    return embeds, patches
+
+
+@torch.inference_mode()
+def embed_texts(
+    model, processor, texts: Sequence[str], batch_size: int = 256, progress: bool | str = False
+) -> torch.Tensor:
+    """L2-normalised embeddings [len(texts), D] of plain texts, fp32, on the CPU. Texts of like length share a batch."""
+    embeds = torch.empty(len(texts), model.config.clip_config.projection_dim)
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for rows in tqdm(batches, desc=progress or None, disable=not progress, unit="batch"):
+        inputs = processor.tokenize([texts[i] for i in rows])
+        features = model.get_text_features(**{k: v.to(model.device) for k, v in inputs.items()})
+        embeds[torch.tensor(rows)] = F.normalize(features.float(), dim=-1).cpu()
+    return embeds
+
+
+@torch.inference_mode()
+def embed_queries(
+    model,
+    processor,
+    sources: Sequence[ImageSource],
+    texts: Sequence[str],
+    batch_size: int = 64,
+    weight: float = 0.0,
+    progress: bool | str = False,
+) -> torch.Tensor:
+    """Composed queries [len(texts), D], L2-normalised, fp32, on the CPU, of a picture and a text each."""
+    embeds, start = torch.empty(len(texts), model.config.clip_config.projection_dim), 0
+    for pixels in tracked(image_batches(processor, sources, batch_size), len(texts), batch_size, progress):
+        rows = list(texts[start : start + len(pixels)])
+        inputs = query_inputs(processor, rows)
+        features = model.get_composed_features(
+            pixels.to(model.device, model.dtype), **{k: v.to(model.device) for k, v in inputs.items()}, weight=weight
+        )
+        embeds[start : start + len(pixels)] = features.float().cpu()
+        start += len(pixels)
+    return embeds
+
+
+def query_inputs(processor, texts: list[str]) -> dict[str, torch.Tensor]:
+    """The text side of composed queries, as `TSCIRModel.get_composed_features` names it."""
+    plain = processor.tokenize(texts)
+    return processor.compose(texts) | {
+        "modification_ids": plain["input_ids"],
+        "modification_mask": plain["attention_mask"],
+    }
+
+
+def tracked(batches: Iterator[torch.Tensor], total: int, batch_size: int, progress: bool | str) -> Iterator:
+    description = progress if isinstance(progress, str) else None
+    return tqdm(
+        batches, desc=description, total=-(-total // batch_size), disable=not progress, unit="batch", leave=False
+    )

@@ -1,0 +1,165 @@
+"""Pictures as a person sees them, whatever way they are stored; and a sentence for each that cannot be read."""
+
+import io
+import os
+import urllib.request
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+EXTENSIONS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+URL_TIMEOUT_SECONDS = 20
+URL_MAX_BYTES = 64 * 2**20
+
+ImageSource = str | os.PathLike | bytes | dict | Image.Image
+
+
+class BadImagesError(ValueError):
+    """Some pictures cannot be used. `.bad` lists all of them as (id, reason)."""
+
+    def __init__(self, bad: Sequence[tuple[str, str]], total: int):
+        self.bad = list(bad)
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in self.bad)
+        super().__init__(
+            f"{len(self.bad)} of {total} pictures cannot be read:\n{lines}\n"
+            'Repair or remove them, or go on without them with on_bad_image="skip".'
+        )
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """Decode a picture to RGB: EXIF rotation applied, transparency over white, 16 bits scaled to 8, CMYK converted.
+
+    Args:
+        source: path, http(s) URL, encoded bytes, PIL image, or the {"bytes", "path"} of `datasets`.
+
+    Raises:
+        ValueError: with the reason, for anything that is not a whole picture; decompression bombs are refused.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return to_rgb(_open(source))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"refused as a decompression bomb: {error}") from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("not a picture in any known format") from error
+    except FileNotFoundError as error:
+        raise ValueError("missing") from error
+    except (OSError, SyntaxError, EOFError, ValueError) as error:
+        raise ValueError(f"cannot be decoded: {error}") from error
+
+
+def _open(source: ImageSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else source["path"]
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = _download(source)
+    if isinstance(source, bytes):
+        if not source:
+            raise ValueError("empty")
+        return Image.open(io.BytesIO(source))
+    if os.path.isfile(source) and os.path.getsize(source) == 0:
+        raise ValueError("empty file")
+    return Image.open(source)
+
+
+def _download(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as response:
+        content = response.read(URL_MAX_BYTES + 1)
+    if len(content) > URL_MAX_BYTES:
+        raise ValueError(f"larger than {URL_MAX_BYTES} bytes")
+    return content
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened picture as RGB, as a viewer would show it."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        image = _to_8_bit(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, dtype=np.float32)
+    highest = float(values.max(initial=0))
+    if image.mode == "F":
+        white = highest or 1.0
+    else:  # mode I carries 8 or 16 bits in 32
+        white = 255.0 if image.mode == "I" and highest <= 255 else 65535.0
+    grey = Image.fromarray(np.clip(values * (255.0 / white), 0, 255).round().astype(np.uint8))
+    grey.info["exif"] = image.getexif().tobytes()
+    return grey
+
+
+def list_images(folder: str | os.PathLike) -> list[str]:
+    """Every file in `folder` and below that its name calls a picture, as sorted relative paths.
+
+    Raises:
+        ValueError: if the folder does not exist or holds none.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    found = sorted(
+        str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.is_dir()
+    )
+    if not found:
+        raise ValueError(f"{folder} holds no picture ({', '.join(sorted(EXTENSIONS))})")
+    return found
+
+
+def find_bad_images(
+    sources: Iterable[ImageSource], ids: Sequence[str], max_workers: int | None = None
+) -> list[tuple[str, str]]:
+    """Decode every picture once, small where its format allows, and give (id, reason) of each that fails."""
+
+    def reason(source) -> str | None:
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            return None  # fetched once, when it is embedded
+        try:
+            if isinstance(source, Image.Image):
+                load_image(source)
+            else:
+                _decode_small(source)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max_workers or os.cpu_count()) as pool:
+        return [(i, why) for i, why in zip(ids, pool.map(reason, sources), strict=True) if why is not None]
+
+
+def _decode_small(source: ImageSource) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with _open(source) as image:
+                image.draft("RGB", (64, 64))  # JPEG alone decodes smaller; the whole file is still read
+                image.load()
+    except Exception:  # the full decoder knows the right words for whatever went wrong
+        load_image(source)
+
+
+def handle_bad_images(bad: list[tuple[str, str]], total: int, on_bad_image: str) -> None:
+    """Raise [`BadImagesError`], or with `on_bad_image="skip"` warn and go on."""
+    if on_bad_image not in ("error", "skip"):
+        raise ValueError(f'on_bad_image must be "error" or "skip", not {on_bad_image!r}')
+    if not bad:
+        return
+    error = BadImagesError(bad, total)
+    if on_bad_image == "error" or len(bad) == total:
+        raise error
+    logger.warning(f"skipping {len(bad)} of {total} pictures: " + "; ".join(f"{i} ({why})" for i, why in bad))

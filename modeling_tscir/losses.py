@@ -1,0 +1,92 @@
+"""Losses of both stages: tensors in, scalar out. No model and no process group inside."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def info_nce_loss(query_embeds: torch.Tensor, target_embeds: torch.Tensor, logit_scale: float) -> torch.Tensor:
+    """Symmetric InfoNCE: row i of one side belongs to row i of the other; all other rows are negatives.
+
+    Args:
+        query_embeds, target_embeds (`torch.Tensor` [B, D]): L2-normalised.
+        logit_scale (`float`): 1 / tau.
+
+    Returns:
+        Scalar; log B where all embeddings are equal. Source: van den Oord et al. 2018; CLIP's symmetric form.
+    """
+    logits = logit_scale * query_embeds @ target_embeds.T  # [B, B]
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def soft_alignment_loss(
+    pseudo_embeds: torch.Tensor,
+    image_embeds: torch.Tensor,
+    caption_embeds: torch.Tensor,
+    logit_scale: float,
+    mixture: float,
+    temperature: float,
+) -> torch.Tensor:
+    """Soft text alignment, KL(p || s), averaged over rows.
+
+    A caption describes its image only in part, and another image's caption may describe it as well. Targets p mix
+    caption and image similarity, p_ij = softmax_j(((1-a) u_i.u_j + a v_i.v_j) / tau_s); predictions are
+    s_ij = softmax_j(q_i.u_j / tau).
+
+    Args:
+        pseudo_embeds, image_embeds, caption_embeds (`torch.Tensor` [B, D]): q(x), v(x), u(c), L2-normalised.
+        logit_scale (`float`): 1 / tau.
+        mixture (`float`): a, between 0 (captions alone) and 1 (images alone).
+        temperature (`float`): tau_s.
+    """
+    similarity = (1 - mixture) * caption_embeds @ caption_embeds.T + mixture * image_embeds @ image_embeds.T
+    targets = F.log_softmax(similarity / temperature, dim=-1)  # [B, B]
+    predictions = F.log_softmax(logit_scale * pseudo_embeds @ caption_embeds.T, dim=-1)
+    return F.kl_div(predictions, targets, reduction="batchmean", log_target=True)
+
+
+def composing_loss(
+    query_embeds: torch.Tensor,
+    target_embeds: torch.Tensor,
+    logit_scale: float,
+    target_ids: torch.Tensor | None = None,
+    reference_embeds: torch.Tensor | None = None,
+    reference_weight: float = 1.0,
+    mined_embeds: torch.Tensor | None = None,
+    mined_mask: torch.Tensor | None = None,
+    mined_weight: float = 1.0,
+) -> torch.Tensor:
+    """InfoNCE of composed queries against targets, with hard negatives in the denominator.
+
+    Query i's denominator holds every target of the batch, its own reference image and its own mined negatives. A
+    negative of weight w counts w times: log w is added to its logit. The loss is symmetric where the batch is its own
+    gallery: targets also choose among queries.
+
+    Args:
+        query_embeds, target_embeds (`torch.Tensor` [B, D]): L2-normalised.
+        logit_scale (`float`): 1 / tau.
+        target_ids (`torch.Tensor` [B], *optional*): rows with equal ids share a target and are no negatives of each other.
+        reference_embeds (`torch.Tensor` [B, D], *optional*): each query's reference image.
+        reference_weight (`float`): 0 leaves the references out.
+        mined_embeds (`torch.Tensor` [B, H, D], *optional*): each query's mined negatives.
+        mined_mask (`torch.Tensor` [B, H], *optional*): False where a mined negative is not to be used.
+        mined_weight (`float`): 0 leaves the mined negatives out.
+    """
+    logits = logit_scale * query_embeds @ target_embeds.T  # [B, B]
+    labels = torch.arange(len(logits), device=logits.device)
+    if target_ids is not None:
+        same = (target_ids[:, None] == target_ids[None, :]) & ~torch.eye(len(logits), dtype=bool, device=logits.device)
+        logits = logits.masked_fill(same, -math.inf)
+    columns = [logits]
+    if reference_embeds is not None and reference_weight > 0:
+        own = logit_scale * (query_embeds * reference_embeds).sum(-1, keepdim=True)  # [B, 1]
+        columns.append(own + math.log(reference_weight))
+    if mined_embeds is not None and mined_weight > 0:
+        mined = logit_scale * torch.einsum("bd,bhd->bh", query_embeds, mined_embeds)  # [B, H]
+        if mined_mask is not None:
+            mined = mined.masked_fill(~mined_mask, -math.inf)
+        columns.append(mined + math.log(mined_weight))
+    forward = F.cross_entropy(torch.cat(columns, dim=-1), labels)
+    return (forward + F.cross_entropy(logits.T, labels)) / 2

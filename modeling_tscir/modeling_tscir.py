@@ -1,0 +1,483 @@
+"""TSCIRModel: a frozen CLIP, the pseudo-word mapper of stage I and the composing adapters of stage II."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput, cached_file, logging
+
+from .adapters import add_composing_adapters, composing, reset_to_identity, uninitialised_lora_layers
+from .configuration_tscir import TSCIRConfig
+from .losses import composing_loss
+from .mapper import PseudoWordMapper, initialise_mapper_weights
+
+
+logger = logging.get_logger(__name__)
+DELTA_NAME = "tscir_delta.safetensors"
+FULL_NAMES = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass
+class TSCIROutput(ModelOutput):
+    """What [`TSCIRModel.forward`] returns; embeddings are L2-normalised.
+
+    Args:
+        loss (`torch.Tensor`, *optional*): composing loss against the targets, where they were given.
+        logits_per_query (`torch.Tensor` [B, B], *optional*): cosine similarity of queries and targets times CLIP's logit scale.
+        query_embeds (`torch.Tensor` [B, D]): composed queries.
+        image_embeds (`torch.Tensor` [B, D]): reference images.
+        pseudo_words (`torch.Tensor` [B, M, d_t], *optional*): what the mapper made of them; None at stage 0.
+        target_embeds (`torch.Tensor` [B, D], *optional*): target images.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_query: torch.Tensor | None = None
+    query_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    pseudo_words: torch.Tensor | None = None
+    target_embeds: torch.Tensor | None = None
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor:
+    """The point at share `weight` of the great circle from `start` to `end`, L2-normalised vectors [..., D]."""
+    cosine = (start * end).sum(-1, keepdim=True).clamp(-1, 1)
+    angle = torch.acos(cosine)
+    # Where the angle vanishes, so does the sine below, and any mixture is the point itself.
+    near = angle < 1e-4
+    sine = torch.where(near, torch.ones_like(angle), torch.sin(angle))
+    along = (torch.sin((1 - weight) * angle) * start + torch.sin(weight * angle) * end) / sine
+    return F.normalize(torch.where(near, (1 - weight) * start + weight * end, along), dim=-1)
+
+
+def backbone_fingerprint(clip: CLIPModel) -> str:
+    """Digest of a backbone's weights, from names, shapes and sixty-four values of every tensor, in their stored precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(clip.state_dict().items()):
+        if "position_ids" in name:
+            continue
+        values = tensor.detach().flatten()
+        picked = values[torch.linspace(0, len(values) - 1, min(64, len(values))).long()].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+class TSCIRModel(PreTrainedModel):
+    """Composed image retrieval on a frozen CLIP (arXiv 2504.17990, as design choices of the README declare).
+
+    Made from a CLIP by [`~TSCIRModel.from_clip_pretrained`] and from a trained folder by
+    [`~TSCIRModel.from_pretrained`]. Without a mapper (stage 0) it still answers, training-free, by slerp.
+    """
+
+    config_class = TSCIRConfig
+    config: TSCIRConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["CLIPEncoderLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings"]
+
+    def __init__(self, config: TSCIRConfig, backbone: CLIPModel | None = None):
+        super().__init__(config)
+        self.clip = backbone if backbone is not None else CLIPModel._from_config(config.clip_config)
+        self.mapper = new_mapper(config) if config.stage >= 1 else None
+        if config.stage >= 2:
+            self._inject_adapters()
+        self.post_init()
+
+    def _inject_adapters(self) -> None:
+        c = self.config
+        add_composing_adapters(self.clip.text_model, c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_target_modules)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, PseudoWordMapper):
+            initialise_mapper_weights(module, init)
+
+    def initialize_weights(self):
+        # The generic initialisation would fill the adapters' zero matrices, and stage II would not start at stage I.
+        fresh = uninitialised_lora_layers(self)
+        super().initialize_weights()
+        reset_to_identity(fresh)
+
+    # ----- stages
+
+    def add_mapper(self) -> None:
+        """Begin stage I: a fresh mapper on the plain CLIP. Raises `ValueError` if there is one already."""
+        if self.mapper is not None:
+            raise ValueError("this model already has a mapper; stage I starts from a plain CLIP")
+        self.config.stage = 1
+        self.mapper = new_mapper(self.config).to(self.device, self.dtype)
+        initialise_mapper_weights(self.mapper, init)
+
+    def add_adapters(self) -> None:
+        """Begin stage II: composing adapters that do nothing yet. Raises `ValueError` unless the model is at stage I."""
+        if self.config.stage == 0:
+            raise ValueError(
+                "this is a plain CLIP without a mapper; train stage I first: "
+                "accelerate launch train/stage1.py --model_name_or_path CLIP --dataset_name DATA --output_dir STAGE1"
+            )
+        if self.config.stage == 2:
+            raise ValueError("this model already has composing adapters; stage II starts from a stage I folder")
+        self.config.stage = 2
+        self._inject_adapters()
+        self.to(self.device, self.dtype)
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Freeze everything but what the current stage trains, and give that by name."""
+        marker = {1: "mapper.", 2: ".lora_"}.get(self.config.stage)
+        trained = {}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(marker is not None and marker in name)
+            if parameter.requires_grad:
+                trained[name] = parameter
+        return trained
+
+    @property
+    def logit_scale(self) -> float:
+        """1 / tau: CLIP's own frozen logit scale, not its logarithm."""
+        return self.clip.logit_scale.exp().item()
+
+    # ----- features
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Projected image features [B, D], CLIPModel's own to the bit (not normalised)."""
+        return self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        """Projected text features [B, D], CLIPModel's own to the bit (not normalised), whatever adapters there are."""
+        with composing(self.clip.text_model, active=False):
+            return self.clip.get_text_features(
+                input_ids=input_ids, attention_mask=attention_mask, **kwargs
+            ).pooler_output
+
+    def encode_image(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """v(x) [B, D], L2-normalised, and P(x) [B, N, d_v], the last hidden states without CLS, in one pass."""
+        output = self.clip.vision_model(pixel_values=pixel_values)
+        embeds = self.clip.visual_projection(output.pooler_output)
+        return F.normalize(embeds, dim=-1), output.last_hidden_state[:, 1:]
+
+    def get_pseudo_words(self, image_embeds: torch.Tensor, patch_states: torch.Tensor | None = None) -> torch.Tensor:
+        """Pseudo-words [B, M, d_t] of images given by `encode_image`'s two outputs."""
+        if self.mapper is None:
+            raise ValueError("this is a plain CLIP without a mapper; train stage I first (train/stage1.py)")
+        return self.mapper(image_embeds, patch_states)
+
+    def encode_with_pseudo_words(
+        self, input_ids: torch.Tensor, pseudo_mask: torch.Tensor, pseudo_words: torch.Tensor, adapters: bool = True
+    ) -> torch.Tensor:
+        """Sentences that hold pseudo-words, [B, D], L2-normalised.
+
+        Args:
+            input_ids (`torch.LongTensor` [B, L]): right-padded; ids under the mask do not matter.
+            pseudo_mask (`torch.BoolTensor` [B, L]): True at the M places of each row that its pseudo-words take.
+            pseudo_words (`torch.Tensor` [B, M, d_t]).
+            adapters (`bool`): whether the composing adapters act, where the model has some.
+        """
+        text_model = self.clip.text_model
+        words = text_model.embeddings.token_embedding(input_ids)  # [B, L, d_t]
+        words = words.masked_scatter(pseudo_mask.unsqueeze(-1), pseudo_words.to(words.dtype))
+        hidden = text_model.embeddings(inputs_embeds=words)  # adds positions
+        # Attention is causal and padding is on the right, so the state at EOS does not see it: no padding mask needed.
+        mask = create_causal_mask(
+            config=text_model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+        )
+        with composing(text_model, active=adapters):
+            hidden = text_model.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
+        hidden = text_model.final_layer_norm(hidden)
+        eos = (input_ids == self.config.text_eos_token_id).int().argmax(-1)  # [B]
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), eos]
+        return F.normalize(self.clip.text_projection(pooled), dim=-1)
+
+    def get_composed_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pseudo_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        modification_ids: torch.Tensor | None = None,
+        modification_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        patch_states: torch.Tensor | None = None,
+        pseudo_words: torch.Tensor | None = None,
+        weight: float = 0.0,
+    ) -> torch.Tensor:
+        """Composed queries [B, D], L2-normalised, from what [`TSCIRProcessor`] makes of images and texts.
+
+        Args:
+            pixel_values (`torch.Tensor` [B, 3, H, W], *optional*): reference images; else give what was computed from
+                them: `image_embeds` [B, D] with `patch_states` [B, N, d_v], or `pseudo_words` [B, M, d_t].
+            input_ids, pseudo_mask, attention_mask (`torch.Tensor` [B, L]): the prompt with its pseudo-words' places.
+            modification_ids, modification_mask (`torch.Tensor` [B, L'], *optional*): the modification alone; needed
+                where there is no mapper or `weight` > 0.
+            weight (`float`): -1 to 1. Moves the query along the great circle towards the reference image (negative)
+                or the modification text (positive). 0, the default, leaves it.
+
+        Raises:
+            ValueError: naming the input that is missing.
+        """
+        if not -1 <= weight <= 1:
+            raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
+        if pixel_values is not None:
+            image_embeds, patch_states = self.encode_image(pixel_values)
+        trained = self.mapper is not None
+        if image_embeds is None and (not trained or weight < 0 or pseudo_words is None):
+            raise ValueError("a composed query needs pixel_values, or image_embeds, or (with weight >= 0) pseudo_words")
+        if not trained or weight > 0:
+            if modification_ids is None:
+                raise ValueError("modification_ids are needed without a mapper, and for weight > 0")
+            text_embeds = F.normalize(self.get_text_features(modification_ids, modification_mask), dim=-1)
+        if not trained:
+            logger.warning_once("No mapper: answering training-free, by slerp between image and modification text.")
+            start = self.config.training_free_weight
+            share = start + weight * ((1 - start) if weight > 0 else start)
+            return slerp(image_embeds, text_embeds, share)
+        if input_ids is None or pseudo_mask is None:
+            raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
+        if pseudo_words is None:
+            pseudo_words = self.get_pseudo_words(image_embeds, patch_states)
+        query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words)
+        if weight < 0:
+            return slerp(query, image_embeds, -weight)
+        return slerp(query, text_embeds, weight) if weight > 0 else query
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        pseudo_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        modification_ids: torch.Tensor | None = None,
+        modification_mask: torch.Tensor | None = None,
+        target_pixel_values: torch.Tensor | None = None,
+        weight: float = 0.0,
+        return_dict: bool | None = None,
+    ) -> TSCIROutput | tuple:
+        """Compose reference images [B, 3, H, W] and modifications [B, L]; with targets [B, 3, H, W], score them too."""
+        image_embeds, patch_states = self.encode_image(pixel_values)
+        pseudo_words = self.get_pseudo_words(image_embeds, patch_states) if self.mapper is not None else None
+        query_embeds = self.get_composed_features(
+            input_ids=input_ids,
+            pseudo_mask=pseudo_mask,
+            modification_ids=modification_ids,
+            modification_mask=modification_mask,
+            image_embeds=image_embeds,
+            pseudo_words=pseudo_words,
+            weight=weight,
+        )
+        output = TSCIROutput(query_embeds=query_embeds, image_embeds=image_embeds, pseudo_words=pseudo_words)
+        if target_pixel_values is not None:
+            output.target_embeds = self.encode_image(target_pixel_values)[0]
+            output.logits_per_query = self.logit_scale * query_embeds @ output.target_embeds.T
+            output.loss = composing_loss(
+                query_embeds,
+                output.target_embeds,
+                self.logit_scale,
+                reference_embeds=image_embeds,
+                reference_weight=self.config.reference_negative_weight,
+            )
+        return output if return_dict is not False else output.to_tuple()
+
+    # ----- loading and saving
+
+    @classmethod
+    def from_clip_pretrained(
+        cls,
+        model_name_or_path: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        **choices,
+    ) -> "TSCIRModel":
+        """A stage 0 model around any CLIPModel checkpoint: ready to answer training-free, or to be trained.
+
+        Args:
+            model_name_or_path (`str`): Hub name or local folder of a CLIPModel checkpoint, in safetensors.
+            revision (`str`, *optional*): branch, tag or commit on the Hub.
+            dtype (`torch.dtype`): of the loaded weights.
+            attn_implementation (`str`, *optional*): "sdpa", "eager", ...
+            choices: fields of [`TSCIRConfig`].
+
+        Raises:
+            ValueError: if the checkpoint is no CLIPModel.
+        """
+        name = os.fspath(model_name_or_path)
+        clip, fingerprint, commit = load_backbone(name, revision, dtype, attn_implementation)
+        config = TSCIRConfig(
+            clip_config=clip.config.to_dict(),
+            backbone_name_or_path=os.path.abspath(name) if os.path.isdir(name) else name,
+            backbone_revision=commit,
+            backbone_fingerprint=fingerprint,
+            **choices,
+        )
+        return cls._around(config, clip)
+
+    @classmethod
+    def _around(cls, config: TSCIRConfig, clip: CLIPModel) -> "TSCIRModel":
+        """A model on a loaded backbone, whose weights are not touched."""
+        for tensor in clip.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        for module in clip.modules():
+            module._is_hf_initialized = True
+        config._attn_implementation = clip.config._attn_implementation
+        return cls(config, backbone=clip).to(clip.dtype).eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a folder or Hub repository written by `save_pretrained`, of either form.
+
+        Arguments are those of `PreTrainedModel.from_pretrained`. Weights are read from safetensors alone, in fp32
+        unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: if the checkpoint is of another model type, lacks tensors, or was trained on another backbone.
+        """
+        kwargs.setdefault("dtype", torch.float32)
+        path = pretrained_model_name_or_path
+        if path is None:
+            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        path = os.fspath(path)
+        hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if k in kwargs}
+        if config is None:
+            refuse_other_model_types(path, hub)
+            config = cls.config_class.from_pretrained(path, **hub)
+        delta = cached_file(
+            path,
+            DELTA_NAME,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub,
+        )
+        if delta is None:
+            kwargs["use_safetensors"] = True
+            loading = kwargs.pop("output_loading_info", False)
+            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            problems = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+            if problems:
+                raise ValueError(f"{path} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
+            return (model, info) if loading else model
+        dtype = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32
+        model = cls._from_delta(config, delta, dtype, kwargs.get("attn_implementation"))
+        device = kwargs.get("device_map")
+        if isinstance(device, (str, int, torch.device)) and device != "auto":
+            model.to(device)
+        model.name_or_path = path
+        return model
+
+    @classmethod
+    def _from_delta(cls, config: TSCIRConfig, delta: str, dtype: torch.dtype, attn: str | None) -> "TSCIRModel":
+        name = config.backbone_name_or_path
+        beside = Path(delta).parent / (name or "")
+        if name and not os.path.isabs(name) and beside.is_dir():
+            name = str(beside)
+        clip, fingerprint, _ = load_backbone(name, config.backbone_revision, dtype, attn)
+        if config.backbone_fingerprint and fingerprint != config.backbone_fingerprint:
+            raise ValueError(
+                f"{delta} was trained on another backbone than {name} now holds (fingerprint "
+                f"{config.backbone_fingerprint}, found {fingerprint}); its pseudo-words mean nothing to this one. "
+                "Point backbone_name_or_path and backbone_revision of its config.json to the original weights."
+            )
+        model = cls._around(config, clip)
+        with safe_open(delta, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        wanted = model.delta_state_dict().keys()
+        if tensors.keys() != wanted:
+            problems = sorted(tensors.keys() ^ wanted)
+            raise ValueError(f"{delta} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
+        model.load_state_dict(tensors, strict=False)
+        return model
+
+    def delta_state_dict(self) -> dict[str, torch.Tensor]:
+        """What was trained: the mapper's tensors and the composing adapters'."""
+        return {k: v for k, v in self.state_dict().items() if k.startswith("mapper.") or ".lora_" in k}
+
+    def save_pretrained(self, save_directory, backbone: str = "full", **kwargs):
+        """Write a folder that `from_pretrained` reads, on its own or as remote code.
+
+        Args:
+            save_directory (`str`): the folder.
+            backbone (`str`): "full" writes every tensor; "reference" writes mapper and adapters, and the backbone by
+                name, commit and fingerprint.
+            kwargs: those of `PreTrainedModel.save_pretrained`.
+        """
+        if backbone not in ("full", "reference"):
+            raise ValueError(f'backbone must be "full" or "reference", not {backbone!r}')
+        folder = Path(save_directory)
+        if backbone == "reference":
+            if not self.config.backbone_name_or_path:
+                raise ValueError('this model does not know its backbone\'s name; save it with backbone="full"')
+            delta = {k: v.contiguous() for k, v in self.delta_state_dict().items()}
+            kwargs["state_dict"] = dict(delta)  # saving empties what it is given
+        # Both forms in one folder would contradict each other.
+        for name in (DELTA_NAME, *FULL_NAMES):
+            (folder / name).unlink(missing_ok=True)
+        super().save_pretrained(folder, **kwargs)
+        if backbone == "reference" and kwargs.get("is_main_process", True):
+            (folder / FULL_NAMES[0]).unlink(missing_ok=True)
+            save_file(delta, folder / DELTA_NAME, metadata={"format": "pt"})
+
+
+def new_mapper(config: TSCIRConfig) -> PseudoWordMapper:
+    clip = config.clip_config
+    return PseudoWordMapper(
+        embed_dim=clip.projection_dim,
+        patch_dim=clip.vision_config.hidden_size,
+        word_dim=clip.text_config.hidden_size,
+        num_pseudo_words=config.num_pseudo_words,
+        hidden_size=config.mapper_hidden_size or 2 * clip.projection_dim,
+        num_blocks=config.num_injection_blocks,
+        num_heads=config.num_injection_heads or clip.text_config.num_attention_heads,
+        dropout=config.mapper_dropout,
+    )
+
+
+def refuse_other_model_types(path: str, hub: dict) -> None:
+    found = PreTrainedConfig.get_config_dict(path, **hub)[0].get("model_type")
+    if found == TSCIRConfig.model_type:
+        return
+    remedy = (
+        f"For a plain CLIP use TSCIRModel.from_clip_pretrained({path!r}), then train/stage1.py."
+        if found == "clip"
+        else "Name a folder that TSCIR's training wrote, or a CLIP for TSCIRModel.from_clip_pretrained."
+    )
+    raise ValueError(f"{path} holds a model of type {found!r}, not a TSCIR model. {remedy}")
+
+
+def load_backbone(
+    name: str | None, revision: str | None, dtype: torch.dtype, attn_implementation: str | None
+) -> tuple[CLIPModel, str, str | None]:
+    """A frozen CLIPModel in `dtype`, the fingerprint of its weights as stored, and its commit on the Hub."""
+    if not name:
+        raise ValueError("this checkpoint holds no backbone and does not name one (backbone_name_or_path in config.json)")
+    hub = {"revision": revision} if revision else {}
+    try:
+        config = AutoConfig.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the backbone {name!r} (revision {revision}) cannot be found or read: {error}") from error
+    if config.model_type != "clip":
+        remedy = " Load it with TSCIRModel.from_pretrained." if config.model_type == TSCIRConfig.model_type else ""
+        raise ValueError(f"{name} holds a model of type {config.model_type!r}, not a CLIPModel.{remedy}")
+    attn = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    clip = CLIPModel.from_pretrained(name, dtype="auto", use_safetensors=True, **hub, **attn)
+    fingerprint = backbone_fingerprint(clip)
+    clip = clip.to(dtype).requires_grad_(False)
+    return clip, fingerprint, getattr(clip.config, "_commit_hash", None)
+
+
+def _shipped():
+    # Names the modules that a checkpoint's folder must carry beside this one; transformers reads the imports as text.
+    from .pipeline_tscir import ComposedImageRetrievalPipeline  # noqa: F401
+    from .processing_tscir import TSCIRProcessor  # noqa: F401

@@ -1,0 +1,162 @@
+"""TSCIRProcessor: images and texts to model inputs, with places for pseudo-words that no user's text can forge."""
+
+import torch
+from transformers import ProcessorMixin
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.utils import logging
+
+from .images import ImageSource, load_image
+
+
+logger = logging.get_logger(__name__)
+MAX_LENGTH = 77
+
+
+class TSCIRProcessor(ProcessorMixin):
+    """Prepare images, texts, and composed queries.
+
+    Args:
+        image_processor (`CLIPImageProcessorPil`): CLIP's own.
+        tokenizer (`CLIPTokenizer`): CLIP's own; no token is added to it.
+        num_pseudo_words (`int`): M, how many places `{image}` takes.
+        prompt_template (`str`): of composed queries, with one `{image}` and one `{text}` after it.
+        image_template (`str`): of an image alone, with one `{image}`; stage I and empty modifications use it.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_pseudo_words: int = 1,
+        prompt_template: str = "a photo of {image} that {text}",
+        image_template: str = "a photo of {image}",
+        **kwargs,
+    ):
+        self.num_pseudo_words = num_pseudo_words
+        self.prompt_template = prompt_template
+        self.image_template = image_template
+        super().__init__(image_processor, tokenizer, **kwargs)
+        if prompt_template.count("{image}") != 1 or prompt_template.count("{text}") != 1:
+            raise ValueError(f"prompt_template needs one {{image}} and one {{text}}: {prompt_template!r}")
+        if image_template.count("{image}") != 1:
+            raise ValueError(f"image_template needs one {{image}}: {image_template!r}")
+        if prompt_template.index("{image}") > prompt_template.index("{text}"):
+            raise ValueError(f"{{image}} must come before {{text}} in prompt_template: {prompt_template!r}")
+
+    @classmethod
+    def from_clip_pretrained(cls, model_name_or_path, num_pseudo_words: int = 1, **kwargs) -> "TSCIRProcessor":
+        """The processor of a plain CLIP checkpoint; `kwargs` are this class's own arguments or `revision`."""
+        from transformers import AutoTokenizer, CLIPImageProcessorPil
+
+        hub = {k: kwargs.pop(k) for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
+        return cls(
+            CLIPImageProcessorPil.from_pretrained(model_name_or_path, **hub),
+            AutoTokenizer.from_pretrained(model_name_or_path, **hub),
+            num_pseudo_words=num_pseudo_words,
+            **kwargs,
+        )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", "input_ids", "attention_mask", "pseudo_mask", "modification_ids", "modification_mask"]
+
+    @property
+    def max_length(self) -> int:
+        return min(self.tokenizer.model_max_length, MAX_LENGTH)
+
+    def __call__(
+        self,
+        images: ImageSource | list[ImageSource] | None = None,
+        text: str | list[str] | None = None,
+        return_tensors: str = "pt",
+        **kwargs,
+    ) -> BatchFeature:
+        """Model inputs.
+
+        With `images` alone: pixel_values [B, 3, H, W]. With `text` alone: input_ids and attention_mask [B, L] of plain
+        texts. With both, composed queries: these, the prompt with pseudo_mask [B, L], and the modification alone as
+        modification_ids and modification_mask [B, L']. Texts are padded to the longest of their batch.
+
+        Args:
+            images: one picture or a list: PIL image, path, URL or bytes.
+            text: one text or a list of the same length; may be empty.
+
+        Raises:
+            ValueError: for numbers of images and texts that differ, or a picture that cannot be read.
+        """
+        if images is None and text is None:
+            raise ValueError("give images, text, or both")
+        data: dict[str, torch.Tensor] = {}
+        texts = [text] if isinstance(text, str) else text
+        if images is not None:
+            images = list(images) if isinstance(images, (list, tuple)) else [images]
+            if texts is not None and len(images) != len(texts):
+                raise ValueError(f"{len(images)} images and {len(texts)} texts; a composed query needs one of each")
+            data["pixel_values"] = self.image_processor(
+                [load_image(image) for image in images], return_tensors="pt"
+            ).pixel_values
+        if texts is not None:
+            plain = self.tokenize(texts)
+            if images is None:
+                data |= {"input_ids": plain["input_ids"], "attention_mask": plain["attention_mask"]}
+            else:
+                data |= self.compose(texts)
+                data |= {"modification_ids": plain["input_ids"], "modification_mask": plain["attention_mask"]}
+        return BatchFeature(data, tensor_type=None if return_tensors is None else return_tensors)
+
+    def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Plain texts: input_ids and attention_mask [B, L], L the longest of the batch, at most 77."""
+        pieces = self._pieces(texts)
+        room = self.max_length - 2
+        rows = [[self.tokenizer.bos_token_id, *self._cut(ids, room), self.tokenizer.eos_token_id] for ids in pieces]
+        return self._pad(rows)
+
+    def compose(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Prompts with places for pseudo-words: input_ids, attention_mask and boolean pseudo_mask, [B, L].
+
+        A text that is too long is cut at its own end, so that the pseudo-words, the rest of the prompt and EOS stay.
+        An empty text gives the prompt of the image alone.
+        """
+        rows, starts = [], []
+        for ids in self._pieces(texts):
+            row, start = self._prompt(ids)
+            rows.append(row)
+            starts.append(start)
+        batch = self._pad(rows)
+        places = torch.arange(batch["input_ids"].shape[1])[None, :]
+        first = torch.tensor(starts)[:, None]
+        batch["pseudo_mask"] = (places >= first) & (places < first + self.num_pseudo_words)
+        return batch
+
+    def _prompt(self, text_ids: list[int]) -> tuple[list[int], int]:
+        """Token ids of one prompt, and where its pseudo-words start."""
+        template = self.prompt_template if text_ids else self.image_template
+        before, after = template.split("{image}")
+        between, end = after.split("{text}") if text_ids else (after, "")
+        before, between, end = self._pieces([before, between, end])
+        # Any id will do where a pseudo-word goes: its embedding is replaced by position, never by id.
+        places = [self.tokenizer.bos_token_id] * self.num_pseudo_words
+        fixed = 2 + len(before) + len(places) + len(between) + len(end)
+        text_ids = self._cut(text_ids, self.max_length - fixed)
+        row = [self.tokenizer.bos_token_id, *before, *places, *between, *text_ids, *end, self.tokenizer.eos_token_id]
+        return row, 1 + len(before)
+
+    def _pieces(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text without start and end; strings of special tokens are read as ordinary text."""
+        return self.tokenizer(
+            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+        ).input_ids
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        if len(ids) <= room:
+            return ids
+        logger.warning_once(f"Some texts are longer than the text encoder reads and are cut to {self.max_length} tokens.")
+        return ids[:room]
+
+    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
+        return {
+            "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        }
