@@ -32,7 +32,7 @@ def image_batches(processor, sources: Sequence[ImageSource], batch_size: int, ah
     return prefetched(prepare, range(0, len(sources), batch_size), ahead)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_images(
     model, processor, sources: Sequence[ImageSource], batch_size: int = 64, progress: bool | str = False
 ) -> torch.Tensor:
@@ -46,7 +46,7 @@ def embed_images(
     return embeds
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_images_with_patches(
     model, processor, sources: Sequence[ImageSource], batch_size: int = 64, progress: bool | str = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +63,7 @@ def embed_images_with_patches(
     return embeds, patches
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_texts(
     model, processor, texts: Sequence[str], batch_size: int = 256, progress: bool | str = False
 ) -> torch.Tensor:
@@ -78,7 +78,21 @@ def embed_texts(
     return embeds
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def embed_references(
+    model, processor, sources: Sequence[ImageSource], batch_size: int = 64, progress: bool | str = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Image embeddings [n, D] and pseudo-words [n, M, d_t] (None at stage 0) of reference pictures, fp32, on the CPU."""
+    embeds, words = [], []
+    for pixels in tracked(image_batches(processor, sources, batch_size), len(sources), batch_size, progress):
+        image_embeds, patch_states = model.encode_image(pixels.to(model.device, model.dtype))
+        embeds.append(image_embeds.float().cpu())
+        if model.mapper is not None:
+            words.append(model.get_pseudo_words(image_embeds, patch_states).float().cpu())
+    return torch.cat(embeds), torch.cat(words) if words else None
+
+
+@torch.no_grad()
 def embed_queries(
     model,
     processor,
@@ -88,17 +102,26 @@ def embed_queries(
     weight: float = 0.0,
     progress: bool | str = False,
 ) -> torch.Tensor:
-    """Composed queries [len(texts), D], L2-normalised, fp32, on the CPU, of a picture and a text each."""
-    embeds, start = torch.empty(len(texts), model.config.clip_config.projection_dim), 0
-    for pixels in tracked(image_batches(processor, sources, batch_size), len(texts), batch_size, progress):
-        rows = list(texts[start : start + len(pixels)])
-        inputs = query_inputs(processor, rows)
-        features = model.get_composed_features(
-            pixels.to(model.device, model.dtype), **{k: v.to(model.device) for k, v in inputs.items()}, weight=weight
-        )
-        embeds[start : start + len(pixels)] = features.float().cpu()
-        start += len(pixels)
-    return embeds
+    """Composed queries [len(texts), D], L2-normalised, fp32, on the CPU, of a path or picture and a text each.
+
+    A source that stands several times is encoded once. Texts of like length share a batch.
+    """
+    position: dict = {}
+    rows = [position.setdefault(source if isinstance(source, str) else id(source), len(position)) for source in sources]
+    unique = {row: i for i, row in reversed(list(enumerate(rows)))}  # first place of each
+    firsts = [sources[unique[row]] for row in range(len(position))]
+    image_embeds, words = embed_references(model, processor, firsts, batch_size, progress)
+    queries = torch.empty(len(texts), image_embeds.shape[1])
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        inputs = {k: v.to(model.device) for k, v in query_inputs(processor, [texts[i] for i in batch]).items()}
+        index = torch.tensor([rows[i] for i in batch])
+        inputs["image_embeds"] = image_embeds[index].to(model.device, model.dtype)
+        if words is not None:
+            inputs["pseudo_words"] = words[index].to(model.device, model.dtype)
+        queries[torch.tensor(batch)] = model.get_composed_features(**inputs, weight=weight).float().cpu()
+    return queries
 
 
 def query_inputs(processor, texts: list[str]) -> dict[str, torch.Tensor]:

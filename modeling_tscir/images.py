@@ -52,7 +52,7 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ValueError("not a picture in any known format") from error
     except FileNotFoundError as error:
         raise ValueError("missing") from error
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
+    except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"cannot be decoded: {error}") from error
 
 
@@ -60,8 +60,10 @@ def _open(source: ImageSource) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, dict):
-        source = source["bytes"] if source.get("bytes") is not None else source["path"]
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if source is None:
+        raise ValueError("no picture given")
+    if is_url(source):
         source = _download(source)
     if isinstance(source, bytes):
         if not source:
@@ -70,6 +72,28 @@ def _open(source: ImageSource) -> Image.Image:
     if os.path.isfile(source) and os.path.getsize(source) == 0:
         raise ValueError("empty file")
     return Image.open(source)
+
+
+def is_url(source: ImageSource) -> bool:
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
+def fetch(sources: Sequence[ImageSource], folder: str | os.PathLike) -> list[ImageSource]:
+    """`sources` with each URL replaced by the file in `folder` it was fetched into; a URL that fails stays as it is."""
+
+    def fetched(number: int) -> ImageSource:
+        if not is_url(sources[number]):
+            return sources[number]
+        path = os.path.join(folder, str(number))
+        try:
+            content = _download(sources[number])
+        except (OSError, ValueError):
+            return sources[number]  # whoever opens it next learns why
+        Path(path).write_bytes(content)
+        return path
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(fetched, range(len(sources))))
 
 
 def _download(url: str) -> bytes:
@@ -127,8 +151,6 @@ def find_bad_images(
     """Decode every picture once, small where its format allows, and give (id, reason) of each that fails."""
 
     def reason(source) -> str | None:
-        if isinstance(source, str) and source.startswith(("http://", "https://")):
-            return None  # fetched once, when it is embedded
         try:
             if isinstance(source, Image.Image):
                 load_image(source)

@@ -1,6 +1,7 @@
 """pipeline("composed-image-retrieval"): index pictures once, then search them by a picture and a text."""
 
 import os
+import tempfile
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,16 @@ from transformers import Pipeline
 from transformers.utils import logging
 
 from .embedding import embed_images, query_inputs
-from .images import EXTENSIONS, ImageSource, find_bad_images, handle_bad_images, list_images, load_image
+from .images import (
+    EXTENSIONS,
+    ImageSource,
+    fetch,
+    find_bad_images,
+    handle_bad_images,
+    is_url,
+    list_images,
+    load_image,
+)
 from .ranking import top_k as rank
 
 
@@ -71,6 +81,9 @@ class ComposedImageRetrievalPipeline(Pipeline):
             BadImagesError: with the id and the reason of every picture that cannot be read.
         """
         sources, ids = gallery_of(images, image_column, id_column)
+        if isinstance(sources, list) and any(is_url(source) for source in sources):
+            self._fetched = tempfile.TemporaryDirectory()  # lives as long as this gallery
+            sources = fetch(sources, self._fetched.name)
         bad = find_bad_images(sources, [str(i) for i in ids])
         handle_bad_images(bad, len(ids), on_bad_image)
         self.bad_images = bad
@@ -170,7 +183,7 @@ def gallery_of(images, image_column: str, id_column: str) -> tuple[Sequence[Imag
             raise ValueError(f"the dataset has no column {image_column!r}; its columns are {images.column_names}")
         ids = list(images[id_column]) if id_column in images.column_names else list(range(len(images)))
         return images.cast_column(image_column, ImageFeature(decode=False))[image_column], ids
-    if isinstance(images, (str, os.PathLike)) and not str(images).startswith(("http://", "https://")):
+    if isinstance(images, (str, os.PathLike)) and not is_url(images):
         if os.path.splitext(images)[1].lower() in EXTENSIONS and not os.path.isdir(images):
             raise ValueError(f"{images} is one picture; index a folder or a list")
         ids = list_images(images)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
+from transformers.utils import logging
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.images import find_bad_images, handle_bad_images
@@ -95,8 +96,10 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
     return tuple(c(**{f.name: values[f.name] for f in fields(c)}) for c in classes)
 
 
-def load_rows(data: DataArguments, columns: dict[str, str], images: list[str]) -> Dataset:
-    """The training split with its pictures still encoded, and every picture checked.
+def load_rows(
+    data: DataArguments, columns: dict[str, str], images: list[str]
+) -> tuple[Dataset, list[tuple[str, str]]]:
+    """The training split with its pictures still encoded, every picture checked, and (where, why) of those skipped.
 
     Args:
         columns: needed column and what it holds, for the error that names what is missing.
@@ -105,7 +108,12 @@ def load_rows(data: DataArguments, columns: dict[str, str], images: list[str]) -
     Raises:
         ValueError: for missing columns or an empty split. BadImagesError: naming every unreadable picture.
     """
-    rows = load_dataset(data.dataset_name, data.dataset_config, split=data.dataset_train_split)
+    # datasets keeps a stale copy of a local folder whose README names configurations (seen in 5.2).
+    local = data.dataset_config is not None and Path(data.dataset_name).is_dir()
+    mode = "force_redownload" if local else None
+    rows = load_dataset(
+        data.dataset_name, data.dataset_config, split=data.dataset_train_split, download_mode=mode
+    )
     missing = [f"{name} ({what})" for name, what in columns.items() if name not in rows.column_names]
     if missing:
         raise ValueError(f"{data.dataset_name} lacks columns {missing}; it has {rows.column_names}")
@@ -117,11 +125,13 @@ def load_rows(data: DataArguments, columns: dict[str, str], images: list[str]) -
         bad += find_bad_images(rows[column], [f"row {i}, column {column}" for i in range(len(rows))])
     handle_bad_images(bad, len(rows) * len(images), data.on_bad_image)
     skipped = {int(name.split()[1].rstrip(",")) for name, _ in bad}
-    return rows.select([i for i in range(len(rows)) if i not in skipped]) if skipped else rows
+    return (rows.select([i for i in range(len(rows)) if i not in skipped]) if skipped else rows), bad
 
 
 class GroupedBatches:
     """Batches of row numbers, shuffled by (seed, epoch) alone; rows of one group share a batch. Incomplete ones are left out.
+
+    The loop sets `epoch`. There is no `set_epoch`, as Accelerate would call it with a count that restarts on resuming.
 
     Args:
         groups: a group's name for every row, or None where every row stands alone.
@@ -137,9 +147,6 @@ class GroupedBatches:
         self.members = list(members.values())
         self.num_rows = num_rows
         self.drop_last = True
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.num_rows // self.batch_size
@@ -183,6 +190,7 @@ class Progress:
 
 
 def make_accelerator(args: LoopArguments) -> Accelerator:
+    logging.disable_progress_bar()  # a bar for every checkpoint would drown the log
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -200,6 +208,7 @@ def train(
     processor: TSCIRProcessor,
     dataset: torch.utils.data.Dataset,
     args: LoopArguments,
+    skipped_images: list[tuple[str, str]],
     groups: list | None = None,
     before_step: Callable[[int], None] | None = None,
     checkpointed: tuple = (),
@@ -209,6 +218,7 @@ def train(
     Args:
         objective: a module around `model`; called with a batch, it returns scalars by name. "loss" is minimised, all are logged.
         dataset: gives a whole batch for a list of row numbers, by `__getitems__`.
+        skipped_images: (where, why) of pictures left out, for the record.
         groups: a name for every row; rows of one name share a batch.
         before_step: called with the number of the coming optimizer step, as mining does.
         checkpointed: further objects with `state_dict` and `load_state_dict`.
@@ -248,13 +258,16 @@ def train(
     log = Log(accelerator, bar, args)
     while progress.step < total and not interrupted:
         epoch, done = divmod(progress.step, steps_an_epoch)
-        sampler.set_epoch(epoch)
+        sampler.epoch = epoch
         model.train()
         batches = skip_first_batches(loader, done * args.gradient_accumulation_steps) if done else loader
         for number, batch in enumerate(batches):
             # Rows that do not fill a last accumulated step are left for the next epoch's shuffle.
             if number // args.gradient_accumulation_steps + done >= steps_an_epoch:
                 break
+            # Keyed by place, so that dropout is the same in a run that was interrupted.
+            place = progress.step * args.gradient_accumulation_steps + number % args.gradient_accumulation_steps
+            torch.manual_seed((args.seed * 1_000_003 + place) * 4099 + accelerator.process_index)
             if before_step is not None and number % args.gradient_accumulation_steps == 0:
                 before_step(progress.step)
             with accelerator.accumulate(objective):
@@ -275,6 +288,7 @@ def train(
             if interrupted or progress.step >= total:
                 break
     bar.close()
+    interrupted.restore()
     if interrupted and progress.step < total:
         folder = save_checkpoint(accelerator, args, progress.step)
         accelerator.print(f"interrupted at step {progress.step}; go on with --resume_from_checkpoint {folder}")
@@ -284,8 +298,10 @@ def train(
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir, backbone="reference")
         processor.save_pretrained(args.output_dir)
-        settings = json.dumps(vars(args) | {"num_processes": accelerator.num_processes}, indent=2)
-        Path(args.output_dir, "training_arguments.json").write_text(settings, encoding="utf-8")
+        settings = vars(args) | {"num_processes": accelerator.num_processes, "skipped_images": skipped_images}
+        Path(args.output_dir, "training_arguments.json").write_text(
+            json.dumps(settings, indent=2), encoding="utf-8"
+        )
     accelerator.end_training()
 
 
@@ -294,12 +310,15 @@ class Interrupt:
 
     def __init__(self):
         self.came = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number, frame):
         self.came = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def __bool__(self) -> bool:
         return self.came

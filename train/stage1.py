@@ -134,9 +134,9 @@ def main() -> None:
     model.add_mapper()
     model.to(accelerator.device)
     columns = {args.image_column: "the picture", args.caption_column: "its caption"}
-    rows = load_rows(data, columns, images=[args.image_column])
+    rows, skipped = load_rows(data, columns, images=[args.image_column])
     dataset = Stage1Data(rows, model, processor, data, args)
-    train(accelerator, Stage1Objective(model, processor), model, processor, dataset, loop)
+    train(accelerator, Stage1Objective(model, processor), model, processor, dataset, loop, skipped)
 
 
 if __name__ == "__main__":

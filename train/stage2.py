@@ -10,7 +10,6 @@ negatives of each other.
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from loop import (
     DataArguments,
@@ -24,7 +23,7 @@ from loop import (
 from torch import nn
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
-from modeling_tscir.embedding import embed_images, embed_images_with_patches
+from modeling_tscir.embedding import embed_images, embed_references
 from modeling_tscir.losses import composing_loss
 from modeling_tscir.ranking import top_k
 
@@ -69,7 +68,7 @@ class Stage2Data(torch.utils.data.Dataset):
         self.groups = None if names is None else list(names)
         firsts = first_of_each(self.groups if names is not None else [r["bytes"] or r["path"] for r in references])
         unique = sorted(set(firsts))
-        embeds, words = reference_features(model, processor, [references[i] for i in unique], size)
+        embeds, words = embed_references(model, processor, [references[i] for i in unique], size, progress="references")
         position = {row: i for i, row in enumerate(unique)}
         index = torch.tensor([position[first] for first in firsts])
         self.reference_embeds, self.pseudo_words = embeds[index], words[index]
@@ -104,24 +103,6 @@ def first_of_each(names: list) -> list[int]:
     return [first.setdefault(name, row) for row, name in enumerate(names)]
 
 
-@torch.inference_mode()
-def reference_features(model, processor, images: list, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """v(x) [n, D] and pseudo-words [n, M, d_t] of reference pictures, a slice at a time so that patches never pile up."""
-    embeds, words = [], []
-    for start in range(0, len(images), 8 * batch_size):
-        v, patches = embed_images_with_patches(
-            model, processor, images[start : start + 8 * batch_size], batch_size, progress="references"
-        )
-        embeds.append(v)
-        for i in range(0, len(v), batch_size):
-            part = slice(i, i + batch_size)
-            made = model.get_pseudo_words(
-                v[part].to(model.device, model.dtype), patches[part].to(model.device, model.dtype)
-            )
-            words.append(made.float().cpu())
-    return torch.cat(embeds).clone(), torch.cat(words).clone()
-
-
 class Miner:
     """Finds each query's nearest wrong targets, every `refresh` steps, with the adapters as they then are."""
 
@@ -135,7 +116,7 @@ class Miner:
         if config.mined_negative_weight > 0 and config.num_mined_negatives > 0 and step and step % self.refresh == 0:
             self.mine(config.num_mined_negatives, config.mined_negative_ceiling)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def mine(self, count: int, ceiling: float) -> None:
         data, model = self.dataset, self.model
         was_training = model.training
@@ -231,7 +212,7 @@ def main() -> None:
         args.modification_column: "the modification text",
         args.target_column: "the target picture",
     }
-    rows = load_rows(data, columns, images=[args.reference_column, args.target_column])
+    rows, skipped = load_rows(data, columns, images=[args.reference_column, args.target_column])
     dataset = Stage2Data(rows, model, processor, data, args)
     miner = Miner(dataset, model, args.hard_negative_refresh)
     objective = Stage2Objective(model, miner, args.pseudo_word_noise)
@@ -242,6 +223,7 @@ def main() -> None:
         processor,
         dataset,
         loop,
+        skipped,
         groups=dataset.groups,
         before_step=miner,
         checkpointed=(miner,),

@@ -1,0 +1,126 @@
+"""A small random CLIP, models of every stage on it, and drawn pictures. No test may leave this machine."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import ipaddress
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from modeling_tscir import TSCIRModel, TSCIRProcessor
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "train")]
+DATA_DIR = Path(os.environ.get("TSCIR_DATA_DIR", "no such folder"))
+needs_data = pytest.mark.skipif(not DATA_DIR.is_dir(), reason="TSCIR_DATA_DIR does not name the folder of real data")
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch):
+    """The suite proves that it needs no Hub: a connection to any other machine fails the test."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not ipaddress.ip_address(address[0]).is_loopback:
+            raise AssertionError(f"connection to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def clip_dir(tmp_path_factory) -> Path:
+    """A random CLIP of 32-pixel pictures, whose tokenizer knows single bytes and two words."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(c) for c in range(33, 127)] + ["Ã", "©"]
+    pieces = [*letters, *(c + "</w>" for c in letters), "re", "red</w>", "th", "tha", "that</w>"]
+    vocab = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    merges = [("r", "e"), ("re", "d</w>"), ("t", "h"), ("th", "a"), ("tha", "t</w>")]
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    end = len(vocab) - 1
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {"hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": len(vocab), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    config = CLIPConfig(
+        text_config=text | ids, vision_config=vision | {"image_size": 32, "patch_size": 8}, projection_dim=24
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config)
+    with torch.no_grad():  # make position and content matter more than at initialisation
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def clip(clip_dir) -> CLIPModel:
+    return CLIPModel.from_pretrained(clip_dir).eval()
+
+
+@pytest.fixture
+def processor(clip_dir) -> TSCIRProcessor:
+    return TSCIRProcessor.from_clip_pretrained(clip_dir, num_pseudo_words=2)
+
+
+def randomised(parameters, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def stage0(clip_dir) -> TSCIRModel:
+    return TSCIRModel.from_clip_pretrained(clip_dir, num_pseudo_words=2, lora_rank=4, lora_alpha=4)
+
+
+@pytest.fixture
+def stage1(stage0) -> TSCIRModel:
+    """Stage I with a mapper as if trained."""
+    stage0.add_mapper()
+    randomised(stage0.mapper.parameters(), 1)
+    return stage0.eval()
+
+
+@pytest.fixture
+def stage2(stage1) -> TSCIRModel:
+    """Stage II with adapters as if trained."""
+    stage1.add_adapters()
+    randomised(stage1.trainable_parameters().values(), 2)
+    return stage1.eval()
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)) for _ in range(6)]
+
+
+@pytest.fixture
+def picture_folder(pictures, tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for i, picture in enumerate(pictures):
+        picture.save(folder / ("below" if i % 2 else "") / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def tensors_of():
+    """A copy of every tensor of a model."""
+    return lambda model: {k: v.clone() for k, v in model.state_dict().items()}

@@ -1,0 +1,131 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_tscir.images import BadImagesError, find_bad_images, handle_bad_images, list_images, load_image
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Four blocks of different colours, wider than high."""
+    pixels = np.zeros((32, 48, 3), dtype=np.uint8)
+    pixels[:16, :24], pixels[:16, 24:] = (200, 30, 40), (30, 180, 60)
+    pixels[16:, :24], pixels[16:, 24:] = (40, 60, 210), (230, 230, 230)
+    return Image.fromarray(pixels)
+
+
+def encoded(image: Image.Image, file_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def far(image: Image.Image, other: Image.Image) -> float:
+    assert image.mode == "RGB" and image.size == other.size
+    return float(np.abs(np.asarray(image, dtype=float) - np.asarray(other, dtype=float)).mean())
+
+
+def test_greyscale_palette_and_rgba_look_as_they_do_to_a_person(picture):
+    assert far(load_image(encoded(picture, "png")), picture) == 0
+    assert far(load_image(encoded(picture.convert("L"), "png")), picture.convert("L").convert("RGB")) == 0
+    assert far(load_image(encoded(picture.convert("P", palette=Image.Palette.ADAPTIVE), "png")), picture) < 3
+    assert far(load_image(encoded(picture.convert("RGBA"), "png")), picture) == 0
+    assert far(load_image(encoded(picture.convert("1"), "png")), picture.convert("1").convert("RGB")) == 0
+    assert far(load_image(encoded(picture.convert("LA"), "png")), picture.convert("L").convert("RGB")) == 0
+
+
+def test_transparency_is_over_white(picture):
+    clear = picture.copy().convert("RGBA")
+    clear.putalpha(0)
+    white = Image.new("RGB", picture.size, "white")
+    assert far(load_image(encoded(clear, "png")), white) == 0
+    palette = picture.convert("P")
+    content = encoded(palette, "png", transparency=palette.getpixel((0, 0)))
+    assert load_image(content).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_cmyk(picture):
+    assert far(load_image(encoded(picture.convert("CMYK"), "jpeg", quality=98)), picture) < 6
+    assert far(load_image(encoded(picture.convert("CMYK"), "tiff")), picture) < 2
+
+
+@pytest.mark.parametrize("file_format", ["png", "tiff"])
+def test_sixteen_bits_keep_their_brightness(picture, file_format):
+    grey = picture.convert("L")
+    wide = Image.fromarray(np.asarray(grey, dtype=np.uint16) * 257)
+    assert far(load_image(encoded(wide, file_format)), grey.convert("RGB")) < 1
+
+
+def test_exif_rotation(picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 270 degrees
+    stored = picture.rotate(90, expand=True)
+    assert far(load_image(encoded(stored, "png", exif=exif)), picture) == 0
+    grey = Image.fromarray(np.asarray(stored.convert("L"), dtype=np.uint16) * 257)
+    assert far(load_image(encoded(grey, "png", exif=exif)), picture.convert("L").convert("RGB")) < 1
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels in a few bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 99)) + chunk(b"IEND", b"")
+
+
+def just_over_the_limit() -> bytes:
+    return encoded(Image.new("1", (10_000, 9_000)), "png")
+
+
+@pytest.fixture
+def hostile(picture, tmp_path) -> dict[str, str]:
+    whole = encoded(picture.resize((480, 320)), "jpeg")
+    files = {
+        "empty.png": (b"", "empty"),
+        "text.jpg": (b"not a picture", "not a picture"),
+        "cut.jpg": (whole[: len(whole) // 2], "decoded"),
+        "cut.png": (encoded(picture.resize((480, 320)), "png")[:200], "decoded"),
+        "bomb.png": (bomb(), "bomb"),
+        "large.png": (just_over_the_limit(), "bomb"),
+    }
+    for name, (content, _) in files.items():
+        (tmp_path / name).write_bytes(content)
+    return {name: reason for name, (_, reason) in files.items()} | {"gone.png": "missing"}
+
+
+def test_every_bad_file_is_named_with_its_reason(hostile, picture, tmp_path):
+    picture.save(tmp_path / "good.png")
+    picture.save(tmp_path / "good.jpg")
+    names = [*hostile, "good.png", "good.jpg"]
+    bad = find_bad_images([str(tmp_path / name) for name in names], names)
+    assert [name for name, _ in bad] == list(hostile)
+    for name, reason in bad:
+        assert hostile[name] in reason
+        with pytest.raises(ValueError, match=hostile[name]):
+            load_image(str(tmp_path / name))
+    with pytest.raises(ValueError, match="no picture given"):
+        load_image({"bytes": None, "path": None})
+    with pytest.raises(BadImagesError) as caught:
+        handle_bad_images(bad, len(names), "error")
+    assert "7 of 9 pictures" in str(caught.value)
+    assert all(name in str(caught.value) for name in hostile)
+    handle_bad_images(bad, len(names), "skip")
+    with pytest.raises(BadImagesError):  # nothing left to go on with
+        handle_bad_images(bad, len(bad), "skip")
+    with pytest.raises(ValueError, match="on_bad_image"):
+        handle_bad_images(bad, 9, "ignore")
+
+
+def test_folders(picture_folder, tmp_path):
+    assert list_images(picture_folder) == ["0.png", "2.png", "4.png", "below/1.png", "below/3.png", "below/5.png"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="no picture"):
+        list_images(tmp_path / "none")
+    with pytest.raises(ValueError, match="not a folder"):
+        list_images(tmp_path / "gone")

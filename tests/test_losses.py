@@ -1,0 +1,85 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modeling_tscir.losses import composing_loss, info_nce_loss, soft_alignment_loss
+
+
+def unit(*shape):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))), dim=-1)
+
+
+def test_info_nce_of_equal_embeddings_is_log_batch():
+    same = torch.ones(8, 4) / 2
+    assert info_nce_loss(same, same, 10.0).item() == pytest.approx(math.log(8))
+
+
+def test_info_nce_equals_its_definition():
+    q, t = unit(5, 6), unit(5, 6).flip(0)
+    logits = 3.0 * q @ t.T
+    rows = -(logits.diag() - logits.logsumexp(1)).mean()
+    columns = -(logits.diag() - logits.logsumexp(0)).mean()
+    assert info_nce_loss(q, t, 3.0).item() == pytest.approx(((rows + columns) / 2).item())
+
+
+def test_soft_alignment_equals_its_definition():
+    q, v, u = unit(5, 6), unit(5, 6).flip(0), unit(5, 6).roll(1, 0)
+    p = torch.softmax((0.7 * u @ u.T + 0.3 * v @ v.T) / 0.1, dim=1)
+    s = torch.softmax(4.0 * q @ u.T, dim=1)
+    expected = (p * (p / s).log()).sum(1).mean().item()
+    assert soft_alignment_loss(q, v, u, 4.0, 0.3, 0.1).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_soft_alignment_vanishes_where_predictions_are_the_targets():
+    u = unit(5, 6)
+    assert soft_alignment_loss(u, u, u, 10.0, 0.0, 0.1).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_captions_that_say_the_same_share_the_soft_target():
+    u = unit(2, 6)[[0, 0]]
+    p_is_even = soft_alignment_loss(unit(2, 6), unit(2, 6), u, 10.0, 0.0, 0.1)
+    assert p_is_even.item() == pytest.approx(0, abs=1e-6)  # equal captions: predictions are even as well
+
+
+def brute_force(q, t, scale, ids, ref, w_ref, mined, mask, w_mined):
+    total = 0.0
+    for i in range(len(q)):
+        denominator = 0.0
+        for j in range(len(t)):
+            if i == j or ids[i] != ids[j]:
+                denominator += math.exp(scale * float(q[i] @ t[j]))
+        denominator += w_ref * math.exp(scale * float(q[i] @ ref[i]))
+        for h in range(mined.shape[1]):
+            if mask[i, h]:
+                denominator += w_mined * math.exp(scale * float(q[i] @ mined[i, h]))
+        backward = sum(
+            math.exp(scale * float(q[j] @ t[i])) for j in range(len(q)) if i == j or ids[i] != ids[j]
+        )
+        positive = math.exp(scale * float(q[i] @ t[i]))
+        total += -math.log(positive / denominator) - math.log(positive / backward)
+    return total / (2 * len(q))
+
+
+def test_composing_loss_equals_brute_force():
+    q, t, ref, mined = unit(6, 8), unit(6, 8).roll(1, 0), unit(6, 8).flip(0), unit(6, 3, 8)
+    ids = torch.tensor([0, 1, 1, 2, 3, 3])
+    mask = torch.rand(6, 3, generator=torch.Generator().manual_seed(0)) > 0.4
+    loss = composing_loss(q, t, 5.0, ids, ref, 0.3, mined, mask, 0.7)
+    assert loss.item() == pytest.approx(brute_force(q, t, 5.0, ids, ref, 0.3, mined, mask, 0.7), rel=1e-5)
+
+
+def test_weight_zero_leaves_negatives_out():
+    q, t = unit(6, 8), unit(6, 8).roll(1, 0)
+    plain = composing_loss(q, t, 5.0)
+    assert torch.equal(plain, composing_loss(q, t, 5.0, reference_embeds=t, reference_weight=0.0))
+    assert torch.equal(plain, composing_loss(q, t, 5.0, mined_embeds=unit(6, 3, 8), mined_weight=0.0))
+    assert torch.equal(plain, info_nce_loss(q, t, 5.0))
+
+
+def test_gradients_are_finite_where_everything_is_masked():
+    q = unit(4, 8).requires_grad_()
+    mask = torch.zeros(4, 2, dtype=torch.bool)
+    composing_loss(q, unit(4, 8), 100.0, torch.zeros(4), mined_embeds=unit(4, 2, 8), mined_mask=mask).backward()
+    assert torch.isfinite(q.grad).all()

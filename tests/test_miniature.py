@@ -1,0 +1,190 @@
+import io
+import itertools
+import json
+import random
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from eval.cirr import load_cirr
+from miniature import build as build_module
+from miniature.garments import CATEGORIES
+from miniature.language import (
+    GARMENT_WORDINGS,
+    WORDINGS,
+    full_caption,
+    garment_caption,
+    garment_clause,
+    modification,
+    scene_caption,
+)
+from miniature.render import render
+from miniature.scenes import (
+    KINDS_NOT_IN_TRIPLETS,
+    PAIRS_NOT_IN_STAGE1,
+    PAIRS_NOT_IN_TRIPLETS,
+    SHAPES_NOT_IN_STAGE1,
+    SHAPES_NOT_IN_TRIPLETS,
+    apply,
+)
+from miniature.worlds import (
+    garment_worlds,
+    reserved_garments,
+    reserved_scenes,
+    scene_worlds,
+    stage1_scenes,
+    training_garments,
+    training_groups,
+)
+
+
+def scenes_of(world: str) -> list:
+    groups, fillers = scene_worlds()[world]
+    return [s for g in groups for s in g.scenes] + list(fillers)
+
+
+def test_no_scene_is_in_two_worlds_or_twice_in_one():
+    val, test = ([s.key for s in scenes_of(w)] for w in ("val", "test"))
+    assert len({*val, *test}) == len(val) + len(test) == len(reserved_scenes())
+    groups = itertools.islice(training_groups("any", for_triplets=False), 2000)
+    assert not {s.key for g in groups for s in g.scenes} & reserved_scenes()
+    assert not {s.key for s in itertools.islice(stage1_scenes("any"), 5000)} & reserved_scenes()
+    garments = [
+        g
+        for world in garment_worlds().values()
+        for c in CATEGORIES
+        for g in (*world.fillers[c], *(g for q in world.queries[c] for g in q[:2]))
+    ]
+    assert len(set(garments)) == len(garments) == len(reserved_garments())
+    assert not set(itertools.islice(training_garments("any"), 5000)) & reserved_garments()
+
+
+def test_triplets_and_stage_one_leave_out_what_they_must():
+    for group in itertools.islice(training_groups("any", for_triplets=True), 1000):
+        assert not {e.kind for e in group.edits} & KINDS_NOT_IN_TRIPLETS
+        shapes = [s for scene in (group.reference, *group.targets) for s in scene.shapes]
+        assert not {s.shape for s in shapes} & SHAPES_NOT_IN_TRIPLETS
+        assert not {(s.shape, s.colour) for s in shapes} & PAIRS_NOT_IN_TRIPLETS
+    shapes = [s for scene in itertools.islice(stage1_scenes("any"), 5000) for s in scene.shapes]
+    assert not {s.shape for s in shapes} & SHAPES_NOT_IN_STAGE1
+    assert not {(s.shape, s.colour) for s in shapes} & PAIRS_NOT_IN_STAGE1
+    tested = [s for scene in scenes_of("test") for s in scene.shapes]
+    assert {s.shape for s in tested} >= SHAPES_NOT_IN_TRIPLETS | SHAPES_NOT_IN_STAGE1
+    assert {(s.shape, s.colour) for s in tested} >= PAIRS_NOT_IN_TRIPLETS | PAIRS_NOT_IN_STAGE1
+
+
+def test_wordings_of_the_worlds_differ_though_not_their_words():
+    for kind, wordings in WORDINGS["test"].items():
+        assert not set(wordings) & set(WORDINGS["train"].get(kind, ())), kind
+        assert not set(WORDINGS["val"][kind]) & set(WORDINGS["train"].get(kind, ())), kind
+    rng = random.Random(0)
+    seen: set[str] = set()
+    for group in itertools.islice(training_groups("any", for_triplets=True), 3000):
+        seen |= {w for e in group.edits for w in modification(group.reference, e, "train", rng).split()}
+    for scene in itertools.islice(stage1_scenes("any"), 16_000):
+        seen |= set(scene_caption(scene, rng).split())
+    for garment in itertools.islice(training_garments("any"), 3000):
+        seen |= set(garment_caption(garment, rng).split())
+    for world in ("val", "test"):
+        used = {
+            w
+            for group in scene_worlds()[world].groups
+            for e in group.edits
+            for w in modification(group.reference, e, world, rng).split()
+        }
+        used |= {
+            w
+            for c in CATEGORIES
+            for q in garment_worlds()[world].queries[c]
+            for field in q.fields
+            for w in garment_clause(q.target, field, world, rng).split()
+        }
+        assert used <= seen | {"hexagon"}, world  # a shape held out of stage I, known to the CLIP
+    assert GARMENT_WORDINGS["train"].keys() == GARMENT_WORDINGS["test"].keys()
+
+
+@pytest.mark.parametrize("world", ["val", "test"])
+def test_neither_half_of_a_query_suffices(world):
+    keys = {s.key for s in scenes_of(world)}
+    for group in scene_worlds()[world].groups:
+        assert len({s.key for s in group.scenes}) == 9
+        for edit, target, doubles in zip(group.edits, group.targets, group.doubles, strict=True):
+            assert apply(group.reference, edit) == target and target.key in keys
+            assert len(doubles) == 2 and not {d.key for d in doubles} & {target.key, group.reference.key}
+            others = [t for t in group.targets if t is not target]
+            assert len({t.key for t in others}) == 3 and target.key not in {t.key for t in others}
+
+
+def test_captions_tell_scenes_apart():
+    captions = [full_caption(s) for s in scenes_of("test")]
+    assert len(set(captions)) == len(captions)
+
+
+def test_pictures_depend_on_their_seed_alone():
+    scene = scenes_of("val")[0]
+    assert (render(scene, "a") == render(scene, "a")).all() and (render(scene, "a") != render(scene, "b")).any()
+    assert render(scene, "a").shape == (64, 64, 3)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, request):
+    """The whole world's layouts with fewer training pictures, written twice."""
+    patch = pytest.MonkeyPatch()
+    request.addfinalizer(patch.undo)
+    patch.setattr(build_module, "NUM_CAPTIONED_SCENES", 40)
+    patch.setattr(build_module, "NUM_CAPTIONED_GARMENTS", 10)
+    patch.setattr(build_module, "NUM_TRIPLETS", 40)
+    folders = [tmp_path_factory.mktemp(name) / "world" for name in ("a", "b")]
+    for folder in folders:
+        build_module.build(folder)
+    return folders
+
+
+def test_the_same_seed_gives_the_same_bytes(world):
+    a, b = ({p.relative_to(f): p for p in f.rglob("*") if p.is_file()} for f in world)
+    assert a.keys() == b.keys() and len(a) > 20_000
+    chosen = [p for p in a if p.suffix in (".json", ".parquet", ".md")] + list(a)[::97]
+    assert all(a[p].read_bytes() == b[p].read_bytes() for p in chosen)
+
+
+def test_the_real_loaders_read_it(world):
+    from datasets import load_dataset
+
+    captions = load_dataset(str(world[0] / "captions"), split="train")
+    assert captions.column_names == ["image", "caption"] and len(captions) == 50
+    triplets = load_dataset(str(world[0] / "triplets"), split="train")
+    assert {"reference", "modification", "target", "source", "quality"} <= set(triplets.column_names)
+    assert len(triplets) == 40 and triplets[0]["reference"].size == (64, 64)
+    for name, queries, pictures in (("val", 1200, 3000), ("test", 2400, 6000)):
+        data = load_cirr(world[0] / name / "CIRR")
+        assert (len(data.captions), len(data.names)) == (queries, pictures)
+        assert all(len(set(m)) == 6 for m in data.members)
+        for members, reference, target in zip(data.members, data.references, data.targets, strict=True):
+            assert reference in members and target in members
+
+
+def test_fashioniq_and_circo_layouts(world):
+    root = world[0] / "test"
+    for category in ("dress", "shirt", "toptee"):
+        queries = json.loads((root / f"FashionIQ/captions/cap.{category}.val.json").read_text("utf-8"))
+        split = json.loads((root / f"FashionIQ/image_splits/split.{category}.val.json").read_text("utf-8"))
+        assert len(queries) == 400 and len(split) == len(set(split)) == 1400
+        assert all(len(q["captions"]) == 2 and {q["candidate"], q["target"]} <= set(split) for q in queries)
+        assert all((root / "FashionIQ/images" / f"{name}.png").is_file() for name in split)
+    records = json.loads((root / "CIRCO/annotations/val.json").read_text("utf-8"))
+    info = json.loads((root / "CIRCO/COCO2017_unlabeled/annotations/image_info_unlabeled2017.json").read_text("utf-8"))
+    ids = {image["id"] for image in info["images"]}
+    assert len(ids) == 6000 and [r["id"] for r in records] == list(range(len(records))) and len(records) > 800
+    for record in records:
+        truths = record["gt_img_ids"]
+        assert truths[0] == record["target_img_id"] and len(set(truths)) == len(truths) >= 2 and set(truths) <= ids
+        assert record["reference_img_id"] not in truths
+    path = root / f"CIRCO/COCO2017_unlabeled/unlabeled2017/{truths[0]:012d}.jpg"
+    assert Image.open(io.BytesIO(path.read_bytes())).format == "JPEG"
+
+
+def test_stored_weights_are_small():
+    stored = list((ROOT / "modeling_tscir").rglob("*.safetensors"))
+    assert sorted(p.parent.name for p in stored) == ["miniature_checkpoint", "miniature_clip"]
+    assert sum(p.stat().st_size for p in stored) <= 12 * 2**20

@@ -1,0 +1,256 @@
+"""Both stages as a user runs them, on a small random CLIP and a few pictures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stage1 as stage1_script
+import stage2 as stage2_script
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import ROOT
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from loop import DataArguments, load_rows
+from PIL import Image
+from safetensors.torch import load_file
+
+from modeling_tscir import BadImagesError, TSCIRModel
+
+
+WORDS = ["red", "that", "red that", "a", "b red", "that c"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Captions and triplets, 24 rows each; every four triplets share a reference."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    (root / "files").mkdir()
+    files = []
+    for i in range(30):
+        files.append(str(root / "files" / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(files[-1])
+    texts = [WORDS[i % 6] for i in range(24)]
+    captions = {"image": files[:24], "caption": texts}
+    triplets = {"reference": [files[24 + i // 4] for i in range(24)], "modification": texts, "target": files[:24]}
+    for name, columns in (("captions", captions), ("triplets", triplets)):
+        features = {k: Value("string") if k in ("caption", "modification") else ImageFeature() for k in columns}
+        rows = Dataset.from_dict(columns, features=Features(features))
+        rows.to_parquet(root / name / "train.parquet")
+    return root
+
+
+@pytest.fixture
+def launch(monkeypatch, data):
+    """Run a stage's script in this process."""
+
+    def run(script, model, output, *flags):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        name = {stage1_script: "captions", stage2_script: "triplets"}[script]
+        command = ["--model_name_or_path", model, "--dataset_name", data / name, "--output_dir", output]
+        command += ["--per_device_train_batch_size", 8, "--logging_steps", 1, *flags]
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, command)])
+        script.main()
+        return load_file(Path(output) / "tscir_delta.safetensors")
+
+    return run
+
+
+@pytest.fixture
+def stage1_folder(stage1, processor, tmp_path):
+    stage1.save_pretrained(tmp_path / "given", backbone="reference")
+    processor.save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_both_stages_train_their_part_alone_and_load(launch, clip_dir, tmp_path, clip):
+    mapper = launch(stage1_script, clip_dir, tmp_path / "one", "--max_steps", 4, "--num_pseudo_words", 2)
+    assert all(k.startswith("mapper.") for k in mapper)
+    both = launch(stage2_script, tmp_path / "one", tmp_path / "two", "--max_steps", 4, "--hard_negative_refresh", 2)
+    assert all(torch.equal(both[k], v) for k, v in mapper.items())
+    assert any(v.any() for k, v in both.items() if "lora_B" in k)
+    model = TSCIRModel.from_pretrained(tmp_path / "two")
+    state = {k.replace(".base_layer", ""): v for k, v in model.state_dict().items()}
+    assert all(torch.equal(state[f"clip.{k}"], v) for k, v in clip.state_dict().items())
+    assert (model.config.stage, model.config.num_pseudo_words) == (2, 2)
+
+
+def test_training_lowers_the_loss(launch, clip_dir, tmp_path, capfd):
+    launch(stage1_script, clip_dir, tmp_path / "one", "--max_steps", 40, "--learning_rate", "0.003", "--mapper_dropout", 0)
+    lines = [line.split() for line in capfd.readouterr().err.splitlines() if line.strip().startswith("step ")]
+    losses = [float(line[line.index("image_loss") + 1]) for line in lines]
+    assert len(losses) == 40
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:3])
+    for name in ("loss", "soft_alignment_loss", "learning_rate", "rows_per_second"):
+        assert name in lines[0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_resumed_run_ends_with_the_same_tensors(launch, clip_dir, tmp_path, accumulation):
+    flags = ["--num_train_epochs", 4, "--gradient_accumulation_steps", accumulation, "--save_total_limit", 20]
+    steps = {1: 12, 2: 4}[accumulation]  # three batches an epoch
+    whole = launch(stage1_script, clip_dir, tmp_path / "a", *flags, "--save_steps", 1)
+    assert len(list((tmp_path / "a").glob("checkpoint-*"))) == steps - 1
+    for step in (1, steps // 2 + 1):
+        resumed = launch(
+            stage1_script, clip_dir, tmp_path / "b", *flags, "--save_steps", 0,
+            "--resume_from_checkpoint", tmp_path / f"a/checkpoint-{step}",
+        )  # fmt: skip
+        assert same(whole, resumed)
+
+
+def test_a_resumed_stage_two_ends_with_the_same_tensors_mined_negatives_included(launch, stage1_folder, tmp_path):
+    flags = ["--num_train_epochs", 4, "--hard_negative_refresh", 4, "--lora_dropout", 0.2, "--save_total_limit", 20]
+    whole = launch(stage2_script, stage1_folder, tmp_path / "a", *flags, "--save_steps", 1)
+    for step in (3, 6, 8):
+        resumed = launch(
+            stage2_script, stage1_folder, tmp_path / "b", *flags, "--save_steps", 0,
+            "--resume_from_checkpoint", tmp_path / f"a/checkpoint-{step}",
+        )  # fmt: skip
+        assert same(whole, resumed)
+
+
+def test_checkpoints_hold_no_frozen_tensor_and_are_limited(launch, clip_dir, tmp_path):
+    launch(stage1_script, clip_dir, tmp_path, "--max_steps", 5, "--save_steps", 1, "--save_total_limit", 2)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert not list(tmp_path.glob("*/model*.safetensors")) and not list(tmp_path.glob("unfinished-*"))
+    assert TSCIRModel.from_pretrained(tmp_path / "checkpoint-4").config.stage == 1
+
+
+def test_bf16_clipping_tensorboard_and_workers(launch, clip_dir, tmp_path):
+    flags = ["--mixed_precision", "bf16", "--max_grad_norm", 0.1, "--report_to", "tensorboard", "--feature_cache_gb", 0]
+    tensors = launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3, "--dataloader_num_workers", 1, *flags)
+    assert all(torch.isfinite(v).all() and v.dtype == torch.float32 for v in tensors.values())
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_patches_beyond_the_budget_are_computed_again_to_the_same(data, stage0, processor):
+    from datasets import load_dataset
+
+    stage0.add_mapper()
+    torch.nn.init.normal_(stage0.mapper.output_projection.weight)
+    stage0.eval()
+    rows = load_dataset(str(data / "captions"), split="train").cast_column("image", ImageFeature(decode=False))
+    objective = stage1_script.Stage1Objective(stage0, processor)
+    losses = []
+    for budget in (1.0, 0.0):
+        arguments = DataArguments(feature_cache_gb=budget, feature_batch_size=7)
+        dataset = stage1_script.Stage1Data(rows, stage0, processor, arguments, stage1_script.Stage1Arguments())
+        batch = dataset.__getitems__([3, 1, 20])
+        assert ("patch_states" in batch, "pixel_values" in batch) == (budget > 0, budget == 0)
+        losses.append(objective(batch)["loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)  # bf16 once, bf16 twice
+
+
+def test_a_stage_two_batch_is_literally_this(data, stage1, processor):
+    from datasets import load_dataset
+
+    rows = load_dataset(str(data / "triplets"), split="train")
+    for column in ("reference", "target"):
+        rows = rows.cast_column(column, ImageFeature(decode=False))
+    dataset = stage2_script.Stage2Data(rows, stage1, processor, DataArguments(), stage2_script.Stage2Arguments())
+    batch = dataset.__getitems__([0, 3, 4])
+    pictures = [[rows[i][c] for i in (0, 3, 4)] for c in ("reference", "target")]
+    with torch.no_grad():
+        v, patches = stage1.encode_image(processor(images=pictures[0])["pixel_values"])
+        words = stage1.get_pseudo_words(v, patches)
+        targets = stage1.encode_image(processor(images=pictures[1])["pixel_values"])[0]
+    torch.testing.assert_close(batch["reference_embeds"], v, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch["pseudo_words"], words, atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch["target_embeds"], targets, atol=1e-5, rtol=0)
+    prompt = processor.compose([WORDS[0], WORDS[3], WORDS[4]])
+    assert torch.equal(batch["input_ids"], prompt["input_ids"])
+    assert torch.equal(batch["pseudo_mask"], prompt["pseudo_mask"])
+    assert batch["rows"].tolist() == [0, 3, 4] and len(set(batch["target_ids"].tolist())) == 3
+
+
+def test_mined_negatives_are_the_nearest_wrong_targets(data, stage2, processor):
+    from datasets import load_dataset
+
+    rows = load_dataset(str(data / "triplets"), split="train")
+    for column in ("reference", "target"):
+        rows = rows.cast_column(column, ImageFeature(decode=False))
+    dataset = stage2_script.Stage2Data(rows, stage2, processor, DataArguments(), stage2_script.Stage2Arguments())
+    miner = stage2_script.Miner(dataset, stage2, refresh=1, batch_size=5)
+    assert miner.negatives(torch.tensor([0])) == {}
+    targets = dataset.target_embeds
+    ceiling = float((targets @ targets.T).fill_diagonal_(-1).median()) + 1e-5
+    miner.mine(count=3, ceiling=ceiling)
+    batch = dataset.__getitems__(list(range(24)))
+    with torch.no_grad():
+        queries = stage2.encode_with_pseudo_words(batch["input_ids"], batch["pseudo_mask"], batch["pseudo_words"])
+    for row in range(24):
+        nearest = [j for j in (queries[row] @ targets.T).argsort(descending=True).tolist() if j != row][:6]
+        allowed = [j for j in nearest if targets[j] @ targets[row] <= ceiling][:3]
+        assert [j for j, used in zip(miner.mined[row].tolist(), miner.mask[row].tolist(), strict=True) if used] == allowed
+    assert not miner.mask.all()
+
+
+def test_bad_pictures_stop_a_run_before_it_starts_or_are_skipped(launch, clip_dir, data, tmp_path, monkeypatch):
+    from datasets import load_dataset
+
+    rows = load_dataset(str(data / "captions"), split="train").cast_column("image", ImageFeature(decode=False)).to_list()
+    rows[5]["image"], rows[9]["image"] = {"bytes": b"nothing", "path": None}, {"bytes": b"", "path": None}
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "captions" / "train.parquet")
+    flags = ["--dataset_name", tmp_path / "captions", "--max_steps", 1]
+    with pytest.raises(BadImagesError, match=r"(?s)2 of 24.*row 5, column image.*row 9, column image"):
+        launch(stage1_script, clip_dir, tmp_path / "out", *flags)
+    launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--on_bad_image", "skip")
+    report = json.loads((tmp_path / "out" / "training_arguments.json").read_text("utf-8"))
+    assert [name for name, _ in report["skipped_images"]] == ["row 5, column image", "row 9, column image"]
+
+
+def test_a_local_folder_that_changed_is_read_again(tmp_path):
+    """Where a README names configurations, datasets alone would go on with what it read before."""
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: c\n  data_files: c/*.parquet\n---\n", "utf-8")
+    for count in (3, 5):
+        Dataset.from_dict({"caption": ["x"] * count}).to_parquet(tmp_path / "c" / "train.parquet")
+        arguments = DataArguments(dataset_name=str(tmp_path), dataset_config="c")
+        assert len(load_rows(arguments, {"caption": "a text"}, images=[])[0]) == count
+
+
+def test_wrong_starts_say_which_command_is_missing(launch, clip_dir, stage1_folder, stage2, processor, tmp_path):
+    with pytest.raises(ValueError, match=r"train/stage1\.py"):
+        launch(stage2_script, clip_dir, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"TSCIRModel\.from_pretrained"):
+        launch(stage1_script, stage1_folder, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"lacks columns \['text \(its caption\)'\]"):
+        launch(stage1_script, clip_dir, tmp_path / "out", "--caption_column", "text")
+    with pytest.raises(ValueError, match="do not fill a batch"):
+        launch(stage1_script, clip_dir, tmp_path / "out", "--per_device_train_batch_size", 25)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_tensors(launch, clip_dir, data, tmp_path):
+    flags = ["--max_steps", 400, "--save_steps", 0]
+    whole = launch(stage1_script, clip_dir, tmp_path / "a", *flags)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "train/stage1.py"]
+    command += ["--model_name_or_path", clip_dir, "--dataset_name", data / "captions", "--output_dir", tmp_path / "b"]
+    command += ["--per_device_train_batch_size", 8, "--logging_steps", 1, *flags]
+    with subprocess.Popen(
+        [*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ
+    ) as process:
+        for line in process.stderr:
+            if "step 3 " in line:
+                os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+                break
+        deadline = time.monotonic() + 60
+        rest = process.stderr.read()
+        process.wait(timeout=max(1, deadline - time.monotonic()))
+    assert process.returncode != 0
+    checkpoints = list((tmp_path / "b").glob("checkpoint-*"))
+    assert len(checkpoints) == 1, rest[-2000:]
+    assert not (tmp_path / "b" / "tscir_delta.safetensors").exists()
+    assert same(whole, launch(stage1_script, clip_dir, tmp_path / "b", *flags, "--resume_from_checkpoint", "latest"))
