@@ -1,4 +1,6 @@
 PYTHON ?= python3
+DEMO_DIR ?= runs/miniature
+DEMO_FLAGS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -12,7 +14,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/python -m miniature.demo --output_dir runs/miniature
+	$(BIN)/python -m miniature.demo --output_dir $(DEMO_DIR) $(DEMO_FLAGS)
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

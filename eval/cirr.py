@@ -3,7 +3,8 @@
     python eval/cirr.py --model_name_or_path runs/stage2 --data_dir CIRR --output_dir runs/cirr
 
 Protocol: the gallery is every picture of the split; the reference is removed from its query's ranking; R@1, 5, 10, 50
-against the target; subset R@1, 2, 3 within the query's set of six, reference removed. Equal scores count against the method.
+against the target; subset R@1, 2, 3 within the query's set of six, reference removed. Equal scores count against the
+method.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def find_pictures(data_dir: Path, root: Path, files: dict[str, str]) -> list[Pat
 
 
 def without_bad_images(data: CIRR, on_bad_image: str) -> tuple[CIRR, list[str]]:
-    """The split without unreadable pictures and the queries that need them, and their names; an error unless "skip"."""
+    """The split without unreadable pictures and queries that need them, and the names; an error unless "skip"."""
     bad = find_bad_images([str(p) for p in data.paths], data.names)
     handle_bad_images(bad, len(data.names), on_bad_image)
     lost = {name for name, _ in bad}

@@ -3,7 +3,7 @@
     python -m miniature.build --output_dir runs/miniature/world
 
     captions/       captioned images of the training world (parquet: image, caption), for stage I
-    triplets/       synthetic triplets of the training world (parquet: reference, modification, target, ...), for stage II
+    triplets/       synthetic triplets of the training world (parquet: reference, modification, target), for stage II
     {val,test}/CIRR, FashionIQ, CIRCO    benchmarks of the other two worlds, laid out as the real ones are
 
 The same seed gives the same bytes. Both benchmark worlds carry their truths, under the split name "val" that real

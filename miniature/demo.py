@@ -160,7 +160,9 @@ def main() -> None:
     print(table(results))
     if args.short:
         print("\nA short run: these figures show that everything works, not how well.")
-    print(f"\n{args.output_dir}/results.json, page.html and page.png written; {time.time() - start:.0f} seconds in all")
+    print(
+        f"\n{args.output_dir}/results.json, page.html and page.png written; {time.time() - start:.0f} seconds in all"
+    )
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def newer(size: str, rng: random.Random) -> str:
 
 
 def clause_caption(scene: Scene, rng: random.Random) -> str:
-    """A sentence of the kind that modifications are made of, true of this scene: "it is striped", "without the ring"."""
+    """A sentence such as modifications are made of, true of this scene: "it is striped", "without the ring"."""
     shape = rng.choice(scene.shapes)
     noun = noun_phrase(shape, [f for f in ("size", "texture", "colour") if rng.random() < 0.3])
     the = rng.choice(["it", f"the {shape.shape}"])
@@ -251,16 +251,20 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "background": ("on a {new} background", "with {new} behind and not {old}"),
     },
     "test": {
-        "recolour": ("has {new} as the colour of {it}", "{it} should now be {new}", "{it} has been changed from {old} to {new}"),
-        "reshape": ("has {a_new} in place of the {old}", "{a_new} rather than {a_old}", "the {old} has been changed into {a_new}"),
+        "recolour": ("has {new} as the colour of {it}", "{it} should now be {new}",
+                     "{it} has been changed from {old} to {new}"),
+        "reshape": ("has {a_new} in place of the {old}", "{a_new} rather than {a_old}",
+                    "the {old} has been changed into {a_new}"),
         "retexture": ("with a {new} pattern on {it}", "{it} {new} rather than {old}", "{it} should now be {new}"),
         "resize": ("{it} should now be {newer}", "a {new} {shape} rather than a {old} one", "has {it} {new} in size"),
         "move": ("has {it} placed {place}", "{it} should now be {place}", "with {it} moved {place}"),
         "add": ("also has {np} {place}", "one more shape , {np} , goes {place}", "with another shape {place} , {np}"),
         "remove": ("the {shape} is gone", "has no {shape} any more", "leaves out the {shape}"),
-        "swap": ("the two shapes changed places", "the {shape} should be where the {other} is , and the other one where it was",
+        "swap": ("the two shapes changed places",
+                 "the {shape} should be where the {other} is , and the other one where it was",
                  "both shapes trade places"),
-        "background": ("has {new} as the background", "the background should now be {new}", "with {new} behind everything instead of {old}"),
+        "background": ("has {new} as the background", "the background should now be {new}",
+                       "with {new} behind everything instead of {old}"),
     },
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
     python -m miniature.pack --trained_dir runs/miniature/stage2
 
-Mapper and adapters are rounded to fp16; the backbone is named relative to the checkpoint's folder, as both are shipped.
+Mapper and adapters are rounded to fp16; the backbone is named relative to the checkpoint, as both are shipped.
 """
 
 import argparse

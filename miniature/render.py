@@ -159,10 +159,9 @@ def draw_garment(garment: Garment, rng: random.Random) -> Image.Image:
     reach = {"no": None, "short": 9, "long": 26}[garment.sleeves]
     if reach:
         for side in (-1, 1):
-            draw.polygon(
-                at((side * 9, 0), (side * 12, 0.5), (side * (15 + reach * 0.25), reach), (side * (10 + reach * 0.25), reach + 1.5), (side * 9, 8)),
-                fill=255,
-            )  # fmt: skip
+            cuff, slant = 10 + reach * 0.25, 15 + reach * 0.25
+            sleeve = (side * 9, 0), (side * 12, 0.5), (side * slant, reach), (side * cuff, reach + 1.5), (side * 9, 8)
+            draw.polygon(at(*sleeve), fill=255)
     picture.paste(fill, mask=mask)
     draw = ImageDraw.Draw(picture)
     if garment.neckline == "round":

@@ -40,7 +40,7 @@ def wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
 
 
 def write_png(rows: list[Row], path: Path) -> None:
-    """Reference, text, the top results from left to right, and the target where it is not among them; target in green."""
+    """Reference, text, top results from left to right, and the target where it is not among them; target in green."""
     font = ImageFont.load_default(15)
     count = max(len(row.found) for row in rows)
     width = GAP + CELL + GAP + TEXT_WIDTH + (count + 1) * (CELL + GAP) + GAP

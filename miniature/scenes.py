@@ -51,7 +51,7 @@ class Edit(NamedTuple):
 
 
 def free_positions(shapes: tuple[Shape, ...], count: int) -> list[str]:
-    """Places where another shape may stand; the middle is only for a scene of one shape, so that shapes never touch."""
+    """Places where another shape may stand; the middle is for a scene of one shape, so that shapes never touch."""
     taken = {shape.position for shape in shapes}
     return [p for p in POSITIONS if p not in taken and (count == 1 or p != "middle")]
 

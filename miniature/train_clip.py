@@ -2,8 +2,9 @@
 
     python -m miniature.train_clip --output_dir modeling_tscir/miniature_clip
 
-About an hour on two CPU cores. The weights are rounded to fp16 and stored once, in the package. The val world's caption
-oracle (a picture's full caption finds it among the val gallery) is logged on the way and tells when it is good enough.
+About an hour on two CPU cores. The weights are rounded to fp16 and stored once, in the package. The val world's
+caption oracle (a picture's full caption finds it among the val gallery) is logged on the way and tells when it is good
+enough.
 """
 
 import argparse
@@ -180,7 +181,10 @@ def main() -> None:
             line = f"step {step} loss {loss.item():.3f} scale {model.logit_scale.exp().item():.1f}"
             print(f"{line} seconds {time.time() - start:.0f}", flush=True)  # noqa: T201
         if step % 400 == 0 or step == args.max_steps:
-            print(f"step {step} val caption oracle R@1 {caption_oracle(model, tokenizer, processor, 'val'):.3f}", flush=True)  # noqa: T201
+            print(
+                f"step {step} val caption oracle R@1 {caption_oracle(model, tokenizer, processor, 'val'):.3f}",
+                flush=True,
+            )  # noqa: T201
             model.save_pretrained(args.output_dir)
     model.half().save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

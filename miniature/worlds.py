@@ -117,7 +117,7 @@ def reserved_garments() -> frozenset[Garment]:
 
 
 def training_groups(seed: str, for_triplets: bool) -> Iterator[Group]:
-    """Groups of near-duplicates of the training world, without end; `for_triplets` leaves out what triplets never hold."""
+    """Groups of near-duplicates of the training world, without end; `for_triplets` leaves out what those lack."""
     rng = random.Random(seed)
     kinds = frozenset(KINDS) - KINDS_NOT_IN_TRIPLETS if for_triplets else frozenset(KINDS)
     reserved = reserved_scenes()

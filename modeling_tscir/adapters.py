@@ -1,4 +1,4 @@
-"""Stage II: composing adapters, LoRA layers of PEFT in the text tower that act only while a composed query is encoded."""
+"""Stage II: composing adapters, PEFT's LoRA in the text tower, which acts only while a composed query is encoded."""
 
 import contextlib
 import threading

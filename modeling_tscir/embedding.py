@@ -22,7 +22,9 @@ def prefetched(function: Callable, items: Sequence, ahead: int = 2) -> Iterator:
             yield waiting.popleft().result()
 
 
-def image_batches(processor, sources: Sequence[ImageSource], batch_size: int, ahead: int = 2) -> Iterator[torch.Tensor]:
+def image_batches(
+    processor, sources: Sequence[ImageSource], batch_size: int, ahead: int = 2
+) -> Iterator[torch.Tensor]:
     """pixel_values [<= batch_size, 3, H, W] of pictures in order. `sources` is indexed as it is needed."""
 
     def prepare(start: int) -> torch.Tensor:
@@ -67,7 +69,7 @@ def embed_images_with_patches(
 def embed_texts(
     model, processor, texts: Sequence[str], batch_size: int = 256, progress: bool | str = False
 ) -> torch.Tensor:
-    """L2-normalised embeddings [len(texts), D] of plain texts, fp32, on the CPU. Texts of like length share a batch."""
+    """L2-normalised embeddings [len(texts), D] of plain texts, fp32, on the CPU; like lengths share a batch."""
     embeds = torch.empty(len(texts), model.config.clip_config.projection_dim)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -82,7 +84,7 @@ def embed_texts(
 def embed_references(
     model, processor, sources: Sequence[ImageSource], batch_size: int = 64, progress: bool | str = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Image embeddings [n, D] and pseudo-words [n, M, d_t] (None at stage 0) of reference pictures, fp32, on the CPU."""
+    """Image embeddings [n, D] and pseudo-words [n, M, d_t] (None at stage 0) of references, fp32, on the CPU."""
     embeds, words = [], []
     for pixels in tracked(image_batches(processor, sources, batch_size), len(sources), batch_size, progress):
         image_embeds, patch_states = model.encode_image(pixels.to(model.device, model.dtype))
@@ -107,7 +109,9 @@ def embed_queries(
     A source that stands several times is encoded once. Texts of like length share a batch.
     """
     position: dict = {}
-    rows = [position.setdefault(source if isinstance(source, str) else id(source), len(position)) for source in sources]
+    rows = [
+        position.setdefault(source if isinstance(source, str) else id(source), len(position)) for source in sources
+    ]
     unique = {row: i for i, row in reversed(list(enumerate(rows)))}  # first place of each
     firsts = [sources[unique[row]] for row in range(len(position))]
     image_embeds, words = embed_references(model, processor, firsts, batch_size, progress)

@@ -79,7 +79,7 @@ def is_url(source: ImageSource) -> bool:
 
 
 def fetch(sources: Sequence[ImageSource], folder: str | os.PathLike) -> list[ImageSource]:
-    """`sources` with each URL replaced by the file in `folder` it was fetched into; a URL that fails stays as it is."""
+    """`sources` with each URL replaced by the file in `folder` it was fetched into; a URL that fails stays."""
 
     def fetched(number: int) -> ImageSource:
         if not is_url(sources[number]):
@@ -119,10 +119,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image, dtype=np.float32)
     highest = float(values.max(initial=0))
+    white = 255.0 if image.mode == "I" and highest <= 255 else 65535.0  # mode I carries 8 or 16 bits in 32
     if image.mode == "F":
         white = highest or 1.0
-    else:  # mode I carries 8 or 16 bits in 32
-        white = 255.0 if image.mode == "I" and highest <= 255 else 65535.0
     grey = Image.fromarray(np.clip(values * (255.0 / white), 0, 255).round().astype(np.uint8))
     grey.info["exif"] = image.getexif().tobytes()
     return grey

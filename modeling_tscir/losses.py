@@ -67,7 +67,7 @@ def composing_loss(
     Args:
         query_embeds, target_embeds (`torch.Tensor` [B, D]): L2-normalised.
         logit_scale (`float`): 1 / tau.
-        target_ids (`torch.Tensor` [B], *optional*): rows with equal ids share a target and are no negatives of each other.
+        target_ids (`torch.Tensor` [B], *optional*): rows of equal ids share a target: no negatives of each other.
         reference_embeds (`torch.Tensor` [B, D], *optional*): each query's reference image.
         reference_weight (`float`): 0 leaves the references out.
         mined_embeds (`torch.Tensor` [B, H, D], *optional*): each query's mined negatives.

@@ -77,7 +77,7 @@ class PseudoWordMapper(nn.Module):
 
         Args:
             image_embeds (`torch.Tensor` [B, D]): L2-normalised global embeddings v(x).
-            patch_states (`torch.Tensor` [B, N, d_v], *optional*): last hidden states without CLS, P(x); needed if K > 0.
+            patch_states (`torch.Tensor` [B, N, d_v], *optional*): P(x), last hidden states but CLS; needed if K > 0.
 
         Returns:
             `torch.Tensor` [B, M, d_t].
@@ -101,7 +101,7 @@ class PseudoWordMapper(nn.Module):
 
 def initialise_mapper_weights(mapper: PseudoWordMapper, init) -> None:
     """Fresh weights, through transformers' `initialization` functions `init`, which leave loaded weights alone."""
-    for name, module in mapper.named_modules():
+    for module in mapper.modules():
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)

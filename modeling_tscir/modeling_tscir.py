@@ -1,6 +1,5 @@
 """TSCIRModel: a frozen CLIP, the pseudo-word mapper of stage I and the composing adapters of stage II."""
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
+from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .adapters import add_composing_adapters, composing, reset_to_identity, uninitialised_lora_layers
+from .backbone import load_backbone, refuse_other_model_types
 from .configuration_tscir import TSCIRConfig
 from .losses import composing_loss
 from .mapper import PseudoWordMapper, initialise_mapper_weights
@@ -32,7 +32,7 @@ class TSCIROutput(ModelOutput):
 
     Args:
         loss (`torch.Tensor`, *optional*): composing loss against the targets, where they were given.
-        logits_per_query (`torch.Tensor` [B, B], *optional*): cosine similarity of queries and targets times CLIP's logit scale.
+        logits_per_query (`torch.Tensor` [B, B], *optional*): cosines of queries and targets times CLIP's logit scale.
         query_embeds (`torch.Tensor` [B, D]): composed queries.
         image_embeds (`torch.Tensor` [B, D]): reference images.
         pseudo_words (`torch.Tensor` [B, M, d_t], *optional*): what the mapper made of them; None at stage 0.
@@ -56,18 +56,6 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor
     sine = torch.where(near, torch.ones_like(angle), torch.sin(angle))
     along = (torch.sin((1 - weight) * angle) * start + torch.sin(weight * angle) * end) / sine
     return F.normalize(torch.where(near, (1 - weight) * start + weight * end, along), dim=-1)
-
-
-def backbone_fingerprint(clip: CLIPModel) -> str:
-    """Digest of a backbone's weights, from names, shapes and sixty-four values of every tensor, in their stored precision."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
-        if "position_ids" in name:
-            continue
-        values = tensor.detach().flatten()
-        picked = values[torch.linspace(0, len(values) - 1, min(64, len(values))).long()].float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 class TSCIRModel(PreTrainedModel):
@@ -121,7 +109,7 @@ class TSCIRModel(PreTrainedModel):
         initialise_mapper_weights(self.mapper, init)
 
     def add_adapters(self) -> None:
-        """Begin stage II: composing adapters that do nothing yet. Raises `ValueError` unless the model is at stage I."""
+        """Begin stage II: composing adapters that do nothing yet. Raises `ValueError` unless at stage I."""
         if self.config.stage == 0:
             raise ValueError(
                 "this is a plain CLIP without a mapper; train stage I first: "
@@ -234,7 +222,9 @@ class TSCIRModel(PreTrainedModel):
             image_embeds, patch_states = self.encode_image(pixel_values)
         trained = self.mapper is not None
         if image_embeds is None and (not trained or weight < 0 or pseudo_words is None):
-            raise ValueError("a composed query needs pixel_values, or image_embeds, or (with weight >= 0) pseudo_words")
+            raise ValueError(
+                "a composed query needs pixel_values, or image_embeds, or (with weight >= 0) pseudo_words"
+            )
         if not trained or weight > 0:
             if modification_ids is None:
                 raise ValueError("modification_ids are needed without a mapper, and for weight > 0")
@@ -265,7 +255,7 @@ class TSCIRModel(PreTrainedModel):
         weight: float = 0.0,
         return_dict: bool | None = None,
     ) -> TSCIROutput | tuple:
-        """Compose reference images [B, 3, H, W] and modifications [B, L]; with targets [B, 3, H, W], score them too."""
+        """Compose references [B, 3, H, W] and modifications [B, L]; with targets [B, 3, H, W], score them too."""
         image_embeds, patch_states = self.encode_image(pixel_values)
         pseudo_words = self.get_pseudo_words(image_embeds, patch_states) if self.mapper is not None else None
         query_embeds = self.get_composed_features(
@@ -350,7 +340,9 @@ class TSCIRModel(PreTrainedModel):
         if path is None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
         path = os.fspath(path)
-        hub = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if k in kwargs}
+        hub = {
+            k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if k in kwargs
+        }
         if config is None:
             refuse_other_model_types(path, hub)
             config = cls.config_class.from_pretrained(path, **hub)
@@ -442,39 +434,6 @@ def new_mapper(config: TSCIRConfig) -> PseudoWordMapper:
         num_heads=config.num_injection_heads or clip.text_config.num_attention_heads,
         dropout=config.mapper_dropout,
     )
-
-
-def refuse_other_model_types(path: str, hub: dict) -> None:
-    found = PreTrainedConfig.get_config_dict(path, **hub)[0].get("model_type")
-    if found == TSCIRConfig.model_type:
-        return
-    remedy = (
-        f"For a plain CLIP use TSCIRModel.from_clip_pretrained({path!r}), then train/stage1.py."
-        if found == "clip"
-        else "Name a folder that TSCIR's training wrote, or a CLIP for TSCIRModel.from_clip_pretrained."
-    )
-    raise ValueError(f"{path} holds a model of type {found!r}, not a TSCIR model. {remedy}")
-
-
-def load_backbone(
-    name: str | None, revision: str | None, dtype: torch.dtype, attn_implementation: str | None
-) -> tuple[CLIPModel, str, str | None]:
-    """A frozen CLIPModel in `dtype`, the fingerprint of its weights as stored, and its commit on the Hub."""
-    if not name:
-        raise ValueError("this checkpoint holds no backbone and does not name one (backbone_name_or_path in config.json)")
-    hub = {"revision": revision} if revision else {}
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the backbone {name!r} (revision {revision}) cannot be found or read: {error}") from error
-    if config.model_type != "clip":
-        remedy = " Load it with TSCIRModel.from_pretrained." if config.model_type == TSCIRConfig.model_type else ""
-        raise ValueError(f"{name} holds a model of type {config.model_type!r}, not a CLIPModel.{remedy}")
-    attn = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    clip = CLIPModel.from_pretrained(name, dtype="auto", use_safetensors=True, **hub, **attn)
-    fingerprint = backbone_fingerprint(clip)
-    clip = clip.to(dtype).requires_grad_(False)
-    return clip, fingerprint, getattr(clip.config, "_commit_hash", None)
 
 
 def _shipped():

@@ -150,7 +150,9 @@ class TSCIRProcessor(ProcessorMixin):
     def _cut(self, ids: list[int], room: int) -> list[int]:
         if len(ids) <= room:
             return ids
-        logger.warning_once(f"Some texts are longer than the text encoder reads and are cut to {self.max_length} tokens.")
+        logger.warning_once(
+            f"Some texts are longer than the text encoder reads and are cut to {self.max_length} tokens."
+        )
         return ids[:room]
 
     def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:

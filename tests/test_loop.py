@@ -3,7 +3,8 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from loop import GroupedBatches, find_checkpoint, list_checkpoints, parse_arguments
+from checkpoints import find_checkpoint, list_checkpoints
+from loop import GroupedBatches, gather_with_gradient, parse_arguments
 
 
 @dataclass
@@ -79,8 +80,6 @@ def test_only_whole_checkpoints_are_found_the_newest_last(tmp_path):
 
 
 def test_gradients_flow_through_a_gather_of_one_process():
-    from loop import gather_with_gradient
-
     x = torch.ones(2, 3, requires_grad=True)
     gather_with_gradient(x).sum().backward()
     assert torch.equal(x.grad, torch.ones(2, 3))

@@ -54,9 +54,7 @@ def brute_force(q, t, scale, ids, ref, w_ref, mined, mask, w_mined):
         for h in range(mined.shape[1]):
             if mask[i, h]:
                 denominator += w_mined * math.exp(scale * float(q[i] @ mined[i, h]))
-        backward = sum(
-            math.exp(scale * float(q[j] @ t[i])) for j in range(len(q)) if i == j or ids[i] != ids[j]
-        )
+        backward = sum(math.exp(scale * float(q[j] @ t[i])) for j in range(len(q)) if i == j or ids[i] != ids[j])
         positive = math.exp(scale * float(q[i] @ t[i]))
         total += -math.log(positive / denominator) - math.log(positive / backward)
     return total / (2 * len(q))

@@ -34,7 +34,9 @@ def test_an_installed_wheel_answers_a_first_query(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"modeling_tscir"}
-    assert not [name for name in names if name.startswith("modeling_tscir/miniature_checkpoint") and name.endswith(".py")]
+    assert not [
+        name for name in names if name.startswith("modeling_tscir/miniature_checkpoint") and name.endswith(".py")
+    ]
     # Another environment: the wheel alone, with the libraries of this one on the path behind it.
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     site = next((tmp_path / "venv").glob("lib/python*/site-packages"))

@@ -78,7 +78,10 @@ def test_urls(cir, pictures, picture_folder):
 
 def test_lists_of_queries_run_in_batches_and_give_the_same(cir, pictures):
     cir.index(pictures)
-    queries = [{"image": p, "text": t} for p, t in zip(pictures, ["red", "", "that is a long one", "*", "x", "red red"], strict=True)]
+    queries = [
+        {"image": p, "text": t}
+        for p, t in zip(pictures, ["red", "", "that is a long one", "*", "x", "red red"], strict=True)
+    ]
     alone = [cir(q) for q in queries]
     for together in (
         cir(queries, batch_size=4),

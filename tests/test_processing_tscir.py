@@ -1,13 +1,13 @@
-import gzip
 import json
 import logging
 
 import pytest
 import torch
 from conftest import DATA_DIR, needs_data
-from transformers import CLIPImageProcessorPil, CLIPTokenizer
+from transformers import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
+from eval.speed.real_input import real_tokenizer
 from modeling_tscir import TSCIRProcessor
 
 
@@ -104,14 +104,7 @@ def test_round_trip(processor, tmp_path, clip_dir):
 @pytest.fixture(scope="module")
 def real_processor():
     """CLIP's own vocabulary and merges, built from the published file."""
-    lines = gzip.open(DATA_DIR / "clip_bpe/bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=77)
-    return TSCIRProcessor(CLIPImageProcessorPil(), tokenizer)
+    return TSCIRProcessor(CLIPImageProcessorPil(), real_tokenizer(DATA_DIR / "clip_bpe/bpe_simple_vocab_16e6.txt.gz"))
 
 
 @needs_data

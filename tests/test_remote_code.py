@@ -1,4 +1,4 @@
-"""A saved folder is used by those who have no package: fresh process, other directory, offline, code from the folder."""
+"""A saved folder, used by those who have no package: fresh process, other directory, offline."""
 
 import json
 import os

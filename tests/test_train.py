@@ -88,7 +88,9 @@ def test_both_stages_train_their_part_alone_and_load(launch, clip_dir, tmp_path,
 
 
 def test_training_lowers_the_loss(launch, clip_dir, tmp_path, capfd):
-    launch(stage1_script, clip_dir, tmp_path / "one", "--max_steps", 40, "--learning_rate", "0.003", "--mapper_dropout", 0)
+    launch(
+        stage1_script, clip_dir, tmp_path / "one", "--max_steps", 40, "--learning_rate", "0.003", "--mapper_dropout", 0
+    )
     lines = [line.split() for line in capfd.readouterr().err.splitlines() if line.strip().startswith("step ")]
     losses = [float(line[line.index("image_loss") + 1]) for line in lines]
     assert len(losses) == 40
@@ -130,7 +132,16 @@ def test_checkpoints_hold_no_frozen_tensor_and_are_limited(launch, clip_dir, tmp
 
 
 def test_bf16_clipping_tensorboard_and_workers(launch, clip_dir, tmp_path):
-    flags = ["--mixed_precision", "bf16", "--max_grad_norm", 0.1, "--report_to", "tensorboard", "--feature_cache_gb", 0]
+    flags = [
+        "--mixed_precision",
+        "bf16",
+        "--max_grad_norm",
+        0.1,
+        "--report_to",
+        "tensorboard",
+        "--feature_cache_gb",
+        0,
+    ]
     tensors = launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3, "--dataloader_num_workers", 1, *flags)
     assert all(torch.isfinite(v).all() and v.dtype == torch.float32 for v in tensors.values())
     assert list(tmp_path.rglob("events.out.tfevents*"))
@@ -194,14 +205,18 @@ def test_mined_negatives_are_the_nearest_wrong_targets(data, stage2, processor):
     for row in range(24):
         nearest = [j for j in (queries[row] @ targets.T).argsort(descending=True).tolist() if j != row][:6]
         allowed = [j for j in nearest if targets[j] @ targets[row] <= ceiling][:3]
-        assert [j for j, used in zip(miner.mined[row].tolist(), miner.mask[row].tolist(), strict=True) if used] == allowed
+        assert [
+            j for j, used in zip(miner.mined[row].tolist(), miner.mask[row].tolist(), strict=True) if used
+        ] == allowed
     assert not miner.mask.all()
 
 
 def test_bad_pictures_stop_a_run_before_it_starts_or_are_skipped(launch, clip_dir, data, tmp_path, monkeypatch):
     from datasets import load_dataset
 
-    rows = load_dataset(str(data / "captions"), split="train").cast_column("image", ImageFeature(decode=False)).to_list()
+    rows = (
+        load_dataset(str(data / "captions"), split="train").cast_column("image", ImageFeature(decode=False)).to_list()
+    )
     rows[5]["image"], rows[9]["image"] = {"bytes": b"nothing", "path": None}, {"bytes": b"", "path": None}
     features = Features({"image": ImageFeature(), "caption": Value("string")})
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "captions" / "train.parquet")

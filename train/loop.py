@@ -1,9 +1,6 @@
 """What both stages share: arguments, data loading, and the Accelerate loop with its checkpoints."""
 
 import json
-import os
-import re
-import shutil
 import signal
 import sys
 import time
@@ -15,9 +12,9 @@ import torch
 import yaml
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import ProjectConfiguration, set_seed
+from checkpoints import find_checkpoint, keep_only_trained_tensors, save_checkpoint
 from datasets import Dataset, load_dataset
 from datasets import Image as ImageFeature
-from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
@@ -25,7 +22,6 @@ from transformers.utils import logging
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.images import find_bad_images, handle_bad_images
-from modeling_tscir.modeling_tscir import DELTA_NAME
 
 
 @dataclass
@@ -110,10 +106,8 @@ def load_rows(
     """
     # datasets keeps a stale copy of a local folder whose README names configurations (seen in 5.2).
     local = data.dataset_config is not None and Path(data.dataset_name).is_dir()
-    mode = "force_redownload" if local else None
-    rows = load_dataset(
-        data.dataset_name, data.dataset_config, split=data.dataset_train_split, download_mode=mode
-    )
+    fresh = {"download_mode": "force_redownload", "verification_mode": "no_checks"} if local else {}
+    rows = load_dataset(data.dataset_name, data.dataset_config, split=data.dataset_train_split, **fresh)
     missing = [f"{name} ({what})" for name, what in columns.items() if name not in rows.column_names]
     if missing:
         raise ValueError(f"{data.dataset_name} lacks columns {missing}; it has {rows.column_names}")
@@ -129,7 +123,7 @@ def load_rows(
 
 
 class GroupedBatches:
-    """Batches of row numbers, shuffled by (seed, epoch) alone; rows of one group share a batch. Incomplete ones are left out.
+    """Batches of row numbers, shuffled by (seed, epoch) alone; rows of a group share one. None is incomplete.
 
     The loop sets `epoch`. There is no `set_epoch`, as Accelerate would call it with a count that restarts on resuming.
 
@@ -139,7 +133,9 @@ class GroupedBatches:
 
     def __init__(self, num_rows: int, batch_size: int, seed: int, groups: list | None = None):
         if num_rows < batch_size:
-            raise ValueError(f"{num_rows} rows do not fill a batch of {batch_size}; lower --per_device_train_batch_size")
+            raise ValueError(
+                f"{num_rows} rows do not fill a batch of {batch_size}; lower --per_device_train_batch_size"
+            )
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         members: dict = {}
         for row, group in enumerate(groups if groups is not None else range(num_rows)):
@@ -216,7 +212,8 @@ def train(
     """Train `model`'s current stage and write it to `args.output_dir`.
 
     Args:
-        objective: a module around `model`; called with a batch, it returns scalars by name. "loss" is minimised, all are logged.
+        objective: a module around `model`; called with a batch, it returns scalars by name. "loss" is minimised, and
+            all are logged.
         dataset: gives a whole batch for a list of row numbers, by `__getitems__`.
         skipped_images: (where, why) of pictures left out, for the record.
         groups: a name for every row; rows of one name share a batch.
@@ -254,7 +251,9 @@ def train(
         accelerator.load_state(str(folder))
         accelerator.print(f"resumed from {folder} at step {progress.step}")
     interrupted = Interrupt()
-    bar = tqdm(total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=f"stage {model.config.stage}")
+    bar = tqdm(
+        total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=f"stage {model.config.stage}"
+    )
     log = Log(accelerator, bar, args)
     while progress.step < total and not interrupted:
         epoch, done = divmod(progress.step, steps_an_epoch)
@@ -284,13 +283,13 @@ def train(
             progress.step += 1
             log.step(progress.step, terms, scheduler.get_last_lr()[0])
             if args.save_steps and progress.step % args.save_steps == 0 and progress.step < total:
-                save_checkpoint(accelerator, args, progress.step)
+                save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
             if interrupted or progress.step >= total:
                 break
     bar.close()
     interrupted.restore()
     if interrupted and progress.step < total:
-        folder = save_checkpoint(accelerator, args, progress.step)
+        folder = save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
         accelerator.print(f"interrupted at step {progress.step}; go on with --resume_from_checkpoint {folder}")
         sys.exit(130)
     accelerator.wait_for_everyone()
@@ -299,9 +298,7 @@ def train(
         model.save_pretrained(args.output_dir, backbone="reference")
         processor.save_pretrained(args.output_dir)
         settings = vars(args) | {"num_processes": accelerator.num_processes, "skipped_images": skipped_images}
-        Path(args.output_dir, "training_arguments.json").write_text(
-            json.dumps(settings, indent=2), encoding="utf-8"
-        )
+        Path(args.output_dir, "training_arguments.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     accelerator.end_training()
 
 
@@ -355,57 +352,3 @@ class Log:
             self.bar.write(f"step {step}  {line}", file=sys.stderr)
         self.accelerator.log(values, step=step)
         self._restart()
-
-
-def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, trained: dict[str, nn.Parameter]) -> None:
-    """Leave the frozen backbone out of checkpoints: they hold the folder that `save_pretrained` writes by reference."""
-
-    def save(models, weights, output_dir):
-        if accelerator.is_main_process:
-            model.save_pretrained(output_dir, backbone="reference")
-        weights.clear()
-
-    def load(models, input_dir):
-        models.clear()
-        tensors = load_file(Path(input_dir, DELTA_NAME))
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors[name])
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def save_checkpoint(accelerator: Accelerator, args: LoopArguments, step: int) -> Path:
-    """Write `checkpoint-STEP` aside and move it into place, then drop the oldest beyond `save_total_limit`."""
-    final = Path(args.output_dir, f"checkpoint-{step}")
-    aside = final.with_name(f"unfinished-{final.name}")
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(aside, final)
-        for old in list_checkpoints(args.output_dir)[: -args.save_total_limit or None]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
-
-
-def list_checkpoints(output_dir: str) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def find_checkpoint(output_dir: str, wanted: str) -> Path:
-    if wanted != "latest":
-        if not Path(wanted).is_dir():
-            raise ValueError(f"no checkpoint at {wanted}")
-        return Path(wanted)
-    found = list_checkpoints(output_dir)
-    if not found:
-        raise ValueError(f"{output_dir} holds no checkpoint to resume from")
-    return found[-1]

@@ -34,7 +34,9 @@ class Stage1Arguments:
     image_column: str = field(default="image", metadata={"help": "Column of pictures."})
     caption_column: str = field(default="caption", metadata={"help": "Column of captions."})
     num_pseudo_words: int | None = field(default=None, metadata={"help": "M, pseudo-words an image."})
-    num_injection_blocks: int | None = field(default=None, metadata={"help": "K, blocks of injection; 0 switches it off."})
+    num_injection_blocks: int | None = field(
+        default=None, metadata={"help": "K, blocks of injection; 0 switches it off."}
+    )
     mapper_hidden_size: int | None = field(default=None, metadata={"help": "Width of the MLP's hidden layers."})
     mapper_dropout: float | None = field(default=None, metadata={"help": "Dropout in the mapper."})
     soft_alignment_weight: float | None = field(default=None, metadata={"help": "lambda_soft; 0 switches it off."})
@@ -53,7 +55,9 @@ class Stage1Data(torch.utils.data.Dataset):
     "patch_states" [B, N, d_v] (bf16) or "pixel_values" [B, 3, H, W].
     """
 
-    def __init__(self, rows: Dataset, model: TSCIRModel, processor: TSCIRProcessor, data: DataArguments, args: Stage1Arguments):
+    def __init__(
+        self, rows: Dataset, model: TSCIRModel, processor: TSCIRProcessor, data: DataArguments, args: Stage1Arguments
+    ):
         self.images, self.processor = rows[args.image_column], processor
         vision = model.config.clip_config.vision_config
         num_patches = (vision.image_size // vision.patch_size) ** 2

@@ -1,10 +1,11 @@
 """Stage II: train the composing adapters on triplets, with CLIP and mapper frozen.
 
-    accelerate launch train/stage2.py --model_name_or_path runs/stage1 --dataset_name user/triplets --output_dir runs/stage2
+    accelerate launch train/stage2.py --model_name_or_path runs/stage1 \\
+        --dataset_name user/triplets --output_dir runs/stage2
 
-Rows need a reference picture, a modification text and a target picture. Rows that share a `reference_id` share a batch,
-so that the targets of other edits of the same reference are hard negatives; rows that share a `target_id` are never
-negatives of each other.
+Rows need a reference picture, a modification text and a target picture. Rows of one `reference_id` share a batch, so
+that targets of other edits of the same reference are hard negatives; rows of one `target_id` are never negatives of
+each other.
 """
 
 from dataclasses import dataclass, field
@@ -35,17 +36,25 @@ class Stage2Arguments:
     reference_column: str = field(default="reference", metadata={"help": "Column of reference pictures."})
     modification_column: str = field(default="modification", metadata={"help": "Column of modification texts."})
     target_column: str = field(default="target", metadata={"help": "Column of target pictures."})
-    reference_id_column: str = field(default="reference_id", metadata={"help": "Optional: equal for equal references."})
+    reference_id_column: str = field(
+        default="reference_id", metadata={"help": "Optional: equal for equal references."}
+    )
     target_id_column: str = field(default="target_id", metadata={"help": "Optional: equal for equal targets."})
     lora_rank: int | None = field(default=None, metadata={"help": "Rank of the composing adapters."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Their scale, over the rank."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Their dropout."})
-    reference_negative_weight: float | None = field(default=None, metadata={"help": "Own reference as a negative; 0 is off."})
+    reference_negative_weight: float | None = field(
+        default=None, metadata={"help": "Own reference as a negative; 0 is off."}
+    )
     mined_negative_weight: float | None = field(default=None, metadata={"help": "Mined negatives; 0 is off."})
     num_mined_negatives: int | None = field(default=None, metadata={"help": "Mined negatives a query."})
-    mined_negative_ceiling: float | None = field(default=None, metadata={"help": "Cosine to the target above which none is mined."})
+    mined_negative_ceiling: float | None = field(
+        default=None, metadata={"help": "Cosine to the target above which none is mined."}
+    )
     hard_negative_refresh: int = field(default=100, metadata={"help": "Steps between two minings."})
-    pseudo_word_noise: float = field(default=0.0, metadata={"help": "Noise on pseudo-words in training, in their deviations."})
+    pseudo_word_noise: float = field(
+        default=0.0, metadata={"help": "Noise on pseudo-words in training, in their deviations."}
+    )
 
     def choices(self) -> dict:
         outside = {"hard_negative_refresh", "pseudo_word_noise"}
@@ -60,7 +69,9 @@ class Stage2Data(torch.utils.data.Dataset):
     "target_ids" [B], "input_ids" and "pseudo_mask" [B, L]}.
     """
 
-    def __init__(self, rows: Dataset, model: TSCIRModel, processor: TSCIRProcessor, data: DataArguments, args: Stage2Arguments):
+    def __init__(
+        self, rows: Dataset, model: TSCIRModel, processor: TSCIRProcessor, data: DataArguments, args: Stage2Arguments
+    ):
         self.processor, self.texts = processor, list(rows[args.modification_column])
         size = data.feature_batch_size
         references = list(rows[args.reference_column])
@@ -68,7 +79,9 @@ class Stage2Data(torch.utils.data.Dataset):
         self.groups = None if names is None else list(names)
         firsts = first_of_each(self.groups if names is not None else [r["bytes"] or r["path"] for r in references])
         unique = sorted(set(firsts))
-        embeds, words = embed_references(model, processor, [references[i] for i in unique], size, progress="references")
+        embeds, words = embed_references(
+            model, processor, [references[i] for i in unique], size, progress="references"
+        )
         position = {row: i for i, row in enumerate(unique)}
         index = torch.tensor([position[first] for first in firsts])
         self.reference_embeds, self.pseudo_words = embeds[index], words[index]
@@ -145,7 +158,7 @@ class Miner:
         model.train(was_training)
 
     def negatives(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """"mined_embeds" [B, H, D] and "mined_mask" [B, H] of rows; nothing before the first mining."""
+        """ "mined_embeds" [B, H, D] and "mined_mask" [B, H] of rows; nothing before the first mining."""
         if self.mined is None:
             return {}
         return {"mined_embeds": self.dataset.target_embeds[self.mined[rows]], "mined_mask": self.mask[rows]}
@@ -170,7 +183,9 @@ class Stage2Objective(nn.Module):
         if self.noise and self.training:
             words = words + self.noise * words.std() * torch.randn_like(words)
         query = self.model.encode_with_pseudo_words(batch["input_ids"], batch["pseudo_mask"], words)  # [B, D]
-        mined = {k: gather_with_gradient(v.to(words.device)) for k, v in self.miner.negatives(batch["rows"].cpu()).items()}
+        mined = {
+            k: gather_with_gradient(v.to(words.device)) for k, v in self.miner.negatives(batch["rows"].cpu()).items()
+        }
         query, targets, references = (
             gather_with_gradient(x.float()) for x in (query, batch["target_embeds"], batch["reference_embeds"])
         )

@@ -1,0 +1,127 @@
+"""Real photos, real texts and CLIP's real vocabulary through everything, on a ViT-B/32 of random weights.
+
+    python eval/speed/real_input.py --photos FOLDER --bpe bpe_simple_vocab_16e6.txt.gz \\
+        --captions captions_val2017.json --modifications cap.rc2.val.json --output_dir runs/real_input
+
+Indexes and searches the photos through the pipeline, then runs both stages for some steps on photos paired at random
+with COCO captions and CIRR modifications. Prints token ids, shapes, seconds and peak memory. What the weights alone
+decide, retrieval quality, is not tested by this.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, pipeline
+
+import modeling_tscir
+from modeling_tscir.images import list_images
+
+
+def real_tokenizer(bpe_file: Path) -> CLIPTokenizer:
+    """CLIP's tokenizer from OpenAI's published merges: 49,408 ids."""
+    lines = gzip.decompress(bpe_file.read_bytes()).decode("utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges)]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=77)
+
+
+def write_random_clip(folder: Path, bpe_file: Path) -> None:
+    """ViT-B/32 shape, as openai/clip-vit-base-patch32 is configured, with random weights."""
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 49408},
+        vision_config={"patch_size": 32},
+        projection_dim=512,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    real_tokenizer(bpe_file).save_pretrained(folder)
+    CLIPImageProcessorPil().save_pretrained(folder)
+
+
+def peak_gb(who: int = resource.RUSAGE_SELF) -> float:
+    return resource.getrusage(who).ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("photos", "bpe", "captions", "modifications", "output_dir"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--max_steps", type=int, default=20)
+    args = parser.parse_args()
+    clip_dir = args.output_dir / "clip"
+    write_random_clip(clip_dir, args.bpe)
+    print("| work | figure |\n|---|---|")
+
+    model = modeling_tscir.TSCIRModel.from_clip_pretrained(clip_dir)
+    processor = modeling_tscir.TSCIRProcessor.from_clip_pretrained(clip_dir)
+    inputs = processor(images=[str(args.photos / list_images(args.photos)[0])], text=["is red with long sleeves"])
+    shapes = {name: tuple(value.shape) for name, value in inputs.items()}
+    print(f"| token ids of a composed query | {inputs['input_ids'][0].tolist()} |")
+    print(f"| place of the pseudo-word | {inputs['pseudo_mask'][0].nonzero().flatten().tolist()} |")
+    print(f"| shapes | {', '.join(f'{k} {v}' for k, v in shapes.items())} |")
+
+    cir = pipeline("composed-image-retrieval", model=model, processor=processor)
+    start = time.perf_counter()
+    cir.index(args.photos)
+    seconds = time.perf_counter() - start
+    print(f"| photos indexed | {len(cir.gallery_ids)} in {seconds:.1f} s |")
+    photo = str(args.photos / cir.gallery_ids[0])
+    start = time.perf_counter()
+    for _ in range(10):
+        found = cir(image=photo, text="is red with long sleeves", top_k=5)
+    print(f"| one search through the pipeline | {(time.perf_counter() - start) / 10 * 1000:.0f} ms |")
+    itself = cir(image=photo, text="", top_k=1, weight=-1.0)[0]
+    print(f"| the photo finds itself | {itself['id'] == cir.gallery_ids[0]}, cosine {itself['score']:.4f} |")
+    print(f"| peak memory so far | {peak_gb():.2f} GB |")
+    assert len(found) == 5
+
+    train(args, clip_dir, list_images(args.photos))
+
+
+def train(args: argparse.Namespace, clip_dir: Path, names: list[str]) -> None:
+    rng = random.Random(0)
+    captions = [a["caption"] for a in json.loads(args.captions.read_text("utf-8"))["annotations"]]
+    modifications = [r["caption"] for r in json.loads(args.modifications.read_text("utf-8"))]
+    photos = [str(args.photos / name) for name in names]
+    tables = {
+        "captions": {"image": photos, "caption": rng.sample(captions, len(photos))},
+        "triplets": {
+            "reference": photos,
+            "modification": rng.sample(modifications, len(photos)),
+            "target": rng.sample(photos, len(photos)),
+        },
+    }
+    for name, columns in tables.items():
+        text = {"caption", "modification"}
+        features = Features({k: Value("string") if k in text else ImageFeature() for k in columns})
+        Dataset.from_dict(columns, features=features).to_parquet(args.output_dir / name / "train.parquet")
+    model = clip_dir
+    for stage, name in ((1, "captions"), (2, "triplets")):
+        output = args.output_dir / f"stage{stage}"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+        command += [f"train/stage{stage}.py", "--model_name_or_path", model, "--dataset_name", args.output_dir / name]
+        command += ["--output_dir", output, "--max_steps", args.max_steps, "--per_device_train_batch_size", 64]
+        start = time.perf_counter()
+        subprocess.run([str(part) for part in command], check=True, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+        memory = peak_gb(resource.RUSAGE_CHILDREN)
+        work = f"stage {stage}, {args.max_steps} steps of 64, start and frozen features included"
+        print(f"| {work} | {seconds:.0f} s, peak {memory:.2f} GB |")
+        model = output
+
+
+if __name__ == "__main__":
+    main()

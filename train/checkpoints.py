@@ -1,0 +1,68 @@
+"""Checkpoints of a run: what is trained, with the state to go on from; written aside and moved into place."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
+
+from modeling_tscir import TSCIRModel
+from modeling_tscir.modeling_tscir import DELTA_NAME
+
+
+def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, trained: dict[str, nn.Parameter]) -> None:
+    """Leave the frozen backbone out of checkpoints: they hold what `save_pretrained` writes by reference."""
+
+    def save(models, weights, output_dir):
+        if accelerator.is_main_process:
+            model.save_pretrained(output_dir, backbone="reference")
+        weights.clear()
+
+    def load(models, input_dir):
+        models.clear()
+        tensors = load_file(Path(input_dir, DELTA_NAME))
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(tensors[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit: int) -> Path:
+    """Write `checkpoint-STEP` aside and move it into place, then drop the oldest beyond `limit`."""
+    final = Path(output_dir, f"checkpoint-{step}")
+    aside = final.with_name(f"unfinished-{final.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        os.replace(aside, final)
+        for old in list_checkpoints(output_dir)[: -limit or None]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def list_checkpoints(output_dir: str) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def find_checkpoint(output_dir: str, wanted: str) -> Path:
+    if wanted != "latest":
+        if not Path(wanted).is_dir():
+            raise ValueError(f"no checkpoint at {wanted}")
+        return Path(wanted)
+    found = list_checkpoints(output_dir)
+    if not found:
+        raise ValueError(f"{output_dir} holds no checkpoint to resume from")
+    return found[-1]
