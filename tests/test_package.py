@@ -1,6 +1,7 @@
 """The built wheel, in an environment that has nothing else of the project."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -29,8 +30,12 @@ for name in ("train", "eval", "miniature", "tests"):
 
 
 def test_an_installed_wheel_answers_a_first_query(tmp_path):
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
+    # From a copy, as setuptools would also pack what an earlier build left in build/.
+    shutil.copytree(ROOT / "modeling_tscir", tmp_path / "source" / "modeling_tscir")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
+    subprocess.run([*build, str(tmp_path / "source")], check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"modeling_tscir"}
