@@ -84,18 +84,18 @@ def write_captions(output: Path, seed: int) -> None:
 
 
 def write_triplets(output: Path, seed: int) -> None:
-    """True edits in the training wordings, four of each reference."""
+    """True edits in the training wordings, two of each reference."""
     rng = random.Random(f"triplets {seed}")
-    groups = list(itertools.islice(training_groups(f"triplets {seed}", for_triplets=True), NUM_TRIPLETS // 4))
+    groups = list(itertools.islice(training_groups(f"triplets {seed}", for_triplets=True), NUM_TRIPLETS // 2))
     references = pictures([g.reference for g in groups], f"references {seed}")
-    targets = pictures([t for g in groups for t in g.targets], f"targets {seed}")
+    targets = pictures([t for g in groups for t in g.targets[:2]], f"targets {seed}")
     columns: dict[str, list] = {"reference": [], "modification": [], "target": [], "source": [], "quality": []}
     columns |= {"reference_id": [], "target_id": []}
     for i, group in enumerate(groups):
-        for j, edit in enumerate(group.edits):
+        for j, edit in enumerate(group.edits[:2]):
             columns["reference"].append(references[i])
             columns["modification"].append(modification(group.reference, edit, "train", rng))
-            columns["target"].append(targets[4 * i + j])
+            columns["target"].append(targets[2 * i + j])
             columns["source"].append(f"miniature {edit.kind}")
             columns["quality"].append("high")
             columns["reference_id"].append(f"{i}")

@@ -173,7 +173,15 @@ class TSCIRModel(PreTrainedModel):
             pseudo_mask (`torch.BoolTensor` [B, L]): True at the M places of each row that its pseudo-words take.
             pseudo_words (`torch.Tensor` [B, M, d_t]).
             adapters (`bool`): whether the composing adapters act, where the model has some.
+
+        Raises:
+            ValueError: if places and pseudo-words differ in number.
         """
+        if not torch.compiler.is_compiling() and int(pseudo_mask.sum()) != pseudo_words.shape[:2].numel():
+            raise ValueError(
+                f"pseudo_mask has {int(pseudo_mask.sum())} places for {pseudo_words.shape[:2].numel()} pseudo-words; "
+                f"make the processor with num_pseudo_words={pseudo_words.shape[1]}"
+            )
         text_model = self.clip.text_model
         words = text_model.embeddings.token_embedding(input_ids)  # [B, L, d_t]
         words = words.masked_scatter(pseudo_mask.unsqueeze(-1), pseudo_words.to(words.dtype))

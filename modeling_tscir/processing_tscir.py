@@ -27,7 +27,7 @@ class TSCIRProcessor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
-        num_pseudo_words: int = 1,
+        num_pseudo_words: int = 4,
         prompt_template: str = "a photo of {image} that {text}",
         image_template: str = "a photo of {image}",
         **kwargs,
@@ -44,7 +44,7 @@ class TSCIRProcessor(ProcessorMixin):
             raise ValueError(f"{{image}} must come before {{text}} in prompt_template: {prompt_template!r}")
 
     @classmethod
-    def from_clip_pretrained(cls, model_name_or_path, num_pseudo_words: int = 1, **kwargs) -> "TSCIRProcessor":
+    def from_clip_pretrained(cls, model_name_or_path, num_pseudo_words: int = 4, **kwargs) -> "TSCIRProcessor":
         """The processor of a plain CLIP checkpoint; `kwargs` are this class's own arguments or `revision`."""
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 

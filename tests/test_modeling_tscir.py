@@ -154,6 +154,12 @@ def test_missing_inputs_are_named(stage0, stage1, processor, pictures):
         stage1.get_composed_features(pixel_values=processor(images=pictures[0])["pixel_values"])
 
 
+def test_a_processor_of_another_number_of_pseudo_words_is_refused(stage1, clip_dir, pictures):
+    other = TSCIRProcessor.from_clip_pretrained(clip_dir, num_pseudo_words=1)
+    with pytest.raises(ValueError, match="num_pseudo_words=2"):
+        stage1.get_composed_features(**other(images=pictures[:2], text=TEXTS))
+
+
 def test_stages_come_in_order(clip_dir, stage1):
     with pytest.raises(ValueError, match=r"train/stage1\.py"):
         TSCIRModel.from_clip_pretrained(clip_dir).add_adapters()

@@ -104,7 +104,9 @@ def test_round_trip(processor, tmp_path, clip_dir):
 @pytest.fixture(scope="module")
 def real_processor():
     """CLIP's own vocabulary and merges, built from the published file."""
-    return TSCIRProcessor(CLIPImageProcessorPil(), real_tokenizer(DATA_DIR / "clip_bpe/bpe_simple_vocab_16e6.txt.gz"))
+    return TSCIRProcessor(
+        CLIPImageProcessorPil(), real_tokenizer(DATA_DIR / "clip_bpe/bpe_simple_vocab_16e6.txt.gz"), 1
+    )
 
 
 @needs_data

@@ -52,13 +52,9 @@ class Stage2Arguments:
         default=None, metadata={"help": "Cosine to the target above which none is mined."}
     )
     hard_negative_refresh: int = field(default=100, metadata={"help": "Steps between two minings."})
-    pseudo_word_noise: float = field(
-        default=0.0, metadata={"help": "Noise on pseudo-words in training, in their deviations."}
-    )
 
     def choices(self) -> dict:
-        outside = {"hard_negative_refresh", "pseudo_word_noise"}
-        given = {k: v for k, v in vars(self).items() if not k.endswith("_column") and k not in outside}
+        given = {k: v for k, v in vars(self).items() if not k.endswith("_column") and k != "hard_negative_refresh"}
         return {k: v for k, v in given.items() if v is not None}
 
 
@@ -173,15 +169,13 @@ class Miner:
 class Stage2Objective(nn.Module):
     """InfoNCE of composed queries against targets, with reference and mined negatives, over all processes' batch."""
 
-    def __init__(self, model: TSCIRModel, miner: Miner, noise: float = 0.0):
+    def __init__(self, model: TSCIRModel, miner: Miner):
         super().__init__()
-        self.model, self.miner, self.logit_scale, self.noise = model, miner, model.logit_scale, noise
+        self.model, self.miner, self.logit_scale = model, miner, model.logit_scale
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         config = self.model.config
         words = batch["pseudo_words"]
-        if self.noise and self.training:
-            words = words + self.noise * words.std() * torch.randn_like(words)
         query = self.model.encode_with_pseudo_words(batch["input_ids"], batch["pseudo_mask"], words)  # [B, D]
         mined = {
             k: gather_with_gradient(v.to(words.device)) for k, v in self.miner.negatives(batch["rows"].cpu()).items()
@@ -230,7 +224,7 @@ def main() -> None:
     rows, skipped = load_rows(data, columns, images=[args.reference_column, args.target_column])
     dataset = Stage2Data(rows, model, processor, data, args)
     miner = Miner(dataset, model, args.hard_negative_refresh)
-    objective = Stage2Objective(model, miner, args.pseudo_word_noise)
+    objective = Stage2Objective(model, miner)
     train(
         accelerator,
         objective,
