@@ -31,8 +31,8 @@ from miniature.scenes import Scene
 from miniature.worlds import garment_worlds, scene_worlds, stage1_scenes, training_garments, training_groups
 
 
-NUM_CAPTIONED_SCENES = 16_000
-NUM_CAPTIONED_GARMENTS = 3_000
+NUM_CAPTIONED_SCENES = 12_000
+NUM_CAPTIONED_GARMENTS = 2_000
 NUM_TRIPLETS = 4_000
 CIRCO_KINDS = frozenset({"recolour", "reshape", "retexture", "background"})  # edits that leave size and place open
 FASHIONIQ_NAMES = {"dress": "dress", "shirt": "shirt", "top": "toptee"}
