@@ -15,7 +15,10 @@ def backbone_fingerprint(clip: CLIPModel) -> str:
         if "position_ids" in name:
             continue
         values = tensor.detach().flatten()
-        picked = values[torch.linspace(0, len(values) - 1, min(64, len(values))).long()].float().cpu()
+        count = min(64, len(values))
+        # Whole numbers: torch.linspace rounds beyond the end of a tensor of 2**24 values or more.
+        places = [i * (len(values) - 1) // max(1, count - 1) for i in range(count)]
+        picked = values[places].float().cpu()
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
     return digest.hexdigest()[:32]
 
