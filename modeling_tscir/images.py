@@ -2,8 +2,10 @@
 
 import io
 import os
+import struct
 import urllib.request
 import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,7 +54,7 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ValueError("not a picture in any known format") from error
     except FileNotFoundError as error:
         raise ValueError("missing") from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except (OSError, SyntaxError, EOFError, IndexError, OverflowError, struct.error, zlib.error) as error:
         raise ValueError(f"cannot be decoded: {error}") from error
 
 
