@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -248,24 +247,28 @@ def test_wrong_starts_say_which_command_is_missing(launch, clip_dir, stage1_fold
         launch(stage1_script, clip_dir, tmp_path / "out", "--per_device_train_batch_size", 25)
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_tensors(launch, clip_dir, data, tmp_path):
-    flags = ["--max_steps", 400, "--save_steps", 0]
-    whole = launch(stage1_script, clip_dir, tmp_path / "a", *flags)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "train/stage1.py"]
-    command += ["--model_name_or_path", clip_dir, "--dataset_name", data / "captions", "--output_dir", tmp_path / "b"]
-    command += ["--per_device_train_batch_size", 8, "--logging_steps", 1, *flags]
+def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_tensors(clip_dir, data, tmp_path):
+    """All three runs are launched alike: bits depend on the number of threads, which the launcher sets."""
+
+    def command(output: str, *flags) -> list[str]:
+        parts = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "train/stage1.py"]
+        parts += ["--model_name_or_path", clip_dir, "--dataset_name", data / "captions"]
+        parts += ["--output_dir", tmp_path / output, "--per_device_train_batch_size", 8, "--logging_steps", 1]
+        return [str(part) for part in (*parts, "--max_steps", 400, "--save_steps", 0, *flags)]
+
+    subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True)
     with subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True, env=os.environ
+        command("cut"), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         for line in process.stderr:
             if "step 3 " in line:
                 os.killpg(process.pid, signal.SIGINT)  # what a terminal does
                 break
-        deadline = time.monotonic() + 60
         rest = process.stderr.read()
-        process.wait(timeout=max(1, deadline - time.monotonic()))
+        process.wait(timeout=60)
     assert process.returncode != 0
-    checkpoints = list((tmp_path / "b").glob("checkpoint-*"))
-    assert len(checkpoints) == 1, rest[-2000:]
-    assert not (tmp_path / "b" / "tscir_delta.safetensors").exists()
-    assert same(whole, launch(stage1_script, clip_dir, tmp_path / "b", *flags, "--resume_from_checkpoint", "latest"))
+    assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 1, rest[-2000:]
+    assert not (tmp_path / "cut" / "tscir_delta.safetensors").exists()
+    subprocess.run(command("cut", "--resume_from_checkpoint", "latest"), cwd=ROOT, check=True, capture_output=True)
+    whole, resumed = (load_file(tmp_path / name / "tscir_delta.safetensors") for name in ("whole", "cut"))
+    assert same(whole, resumed)
