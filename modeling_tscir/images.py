@@ -1,12 +1,13 @@
 """Pictures as a person sees them, whatever way they are stored; and a sentence for each that cannot be read."""
 
+import contextlib
 import io
 import os
 import struct
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,10 +45,17 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises:
         ValueError: with the reason, for anything that is not a whole picture; decompression bombs are refused.
     """
+    with _failures_as_sentences():
+        return to_rgb(_open(source))
+
+
+@contextlib.contextmanager
+def _failures_as_sentences() -> Iterator[None]:
+    """Whatever Pillow raises over a bad file, as a `ValueError` that a person understands."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return to_rgb(_open(source))
+            yield
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"refused as a decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
@@ -166,14 +174,9 @@ def find_bad_images(
 
 
 def _decode_small(source: ImageSource) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with _open(source) as image:
-                image.draft("RGB", (64, 64))  # JPEG alone decodes smaller; the whole file is still read
-                image.load()
-    except Exception:  # the full decoder knows the right words for whatever went wrong
-        load_image(source)
+    with _failures_as_sentences(), _open(source) as image:
+        image.draft("RGB", (64, 64))  # JPEG alone decodes smaller; the whole file is still read
+        image.load()
 
 
 def handle_bad_images(bad: list[tuple[str, str]], total: int, on_bad_image: str) -> None:
