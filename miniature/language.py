@@ -1,7 +1,8 @@
 """What people say of drawn scenes and garments: captions (full or partial, as on the web) and modification texts.
 
-Modification texts come in three sets of wordings, one for each world. The test's wordings never occur in training
-triplets, though each of their words occurs in some caption or triplet: a small CLIP has no other source of language.
+Modification texts come in sets of wordings: one for each world, and one for captions that tell of changes. The test's
+wordings never occur in training triplets or captions, though each of their words does: a small CLIP has no other
+source of language.
 """
 
 import random
@@ -71,7 +72,7 @@ FRAMES = (
 )
 
 
-def partial_caption(scene: Scene, rng: random.Random) -> str:
+def partial_caption(scene: Scene, rng: random.Random, frames: tuple[str, ...] = FRAMES) -> str:
     """A noun phrase or two, each attribute mentioned or not."""
     shapes = list(scene.shapes)
     rng.shuffle(shapes)
@@ -81,7 +82,7 @@ def partial_caption(scene: Scene, rng: random.Random) -> str:
         noun_phrase(s, [f for f in ("size", "texture", "colour") if rng.random() < 0.65], place=rng.random() < 0.55)
         for s in shapes
     ]
-    text = rng.choice(FRAMES).format(np=" and ".join(phrases))
+    text = rng.choice(frames).format(np=" and ".join(phrases))
     if rng.random() < 0.35:
         text += rng.choice(["", " ,"]) + rng.choice(
             [" on a {} background", " with {} behind", " with a {} background"]
@@ -219,6 +220,23 @@ def scene_caption(scene: Scene, rng: random.Random, full_share: float = 0.2, cla
     return partial_caption(scene, rng)
 
 
+CHANGE_FRAMES = (
+    "a photo of {before} that {change}",
+    "{before} , {change}",
+    "{before} , but {change}",
+    "the same as {before} but {change}",
+    "it was {before} , {change}",
+    "{change} , was {before}",
+)
+
+
+def change_caption(before: Scene, edit: Edit, rng: random.Random) -> str:
+    """What a picture shows, told as a change of another: "a red star on the left , but the star is now blue"."""
+    described = full_variant(before, rng) if rng.random() < 0.6 else partial_caption(before, rng, ("{np}",))
+    described = described.removeprefix("a photo of ")
+    return rng.choice(CHANGE_FRAMES).format(before=described, change=modification(before, edit, "captions", rng))
+
+
 # One tuple of wordings a kind and world. {it} is "it" or "the star"; {new} and {old} are attributes.
 WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "train": {
@@ -239,6 +257,26 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
         "swap": ("swap the {shape} and the {other}", "the {shape} and the {other} trade places",
                  "exchange the two shapes", "swap the two", "the two shapes change places with each other"),
     },
+    # What captions of the CLIP's own training say of a picture beside another one, see `change_caption`.
+    "captions": {
+        "recolour": ("{it} is now {new}", "{it} in {new} this time", "{new} , not {old} , for {it}",
+                     "with {it} made {new}", "turns {it} from {old} to {new}"),
+        "reshape": ("{a_new} takes the place of the {old}", "the {old} turned into {a_new}",
+                    "with {a_new} and no {old}", "makes {a_new} of the {old}"),
+        "retexture": ("{it} is now {new}", "with a {new} look for {it}", "{it} made {new} , not {old}",
+                      "makes {it} {new}"),
+        "resize": ("{it} is now {newer}", "makes {it} {newer}", "{it} is {new} this time",
+                   "with {it} {new} , not {old}"),
+        "move": ("{it} is now {place}", "puts {it} {place}", "{it} , not {old_place} but {place}",
+                 "with {it} put {place}"),
+        "add": ("and now also {np} {place}", "adds {np} {place}", "with one more , {np} {place}",
+                "{np} put {place} too"),
+        "remove": ("now without the {shape}", "but no {shape}", "takes away the {shape}", "with only the {other}"),
+        "swap": ("the {shape} and the {other} swapped", "with the two shapes swapped",
+                 "the {shape} now where the {other} was", "puts each of the two where the other was"),
+        "background": ("now on a {new} background", "with {new} and not {old} behind", "makes the background {new}",
+                       "the background is {new} this time"),
+    },
     "val": {
         "recolour": ("{it} painted {new}", "has {it} in {new} and not in {old}", "{it} becomes {new}"),
         "reshape": ("the {old} is now {a_new}", "there is {a_new} where the {old} was"),
@@ -253,13 +291,13 @@ WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "test": {
         "recolour": ("has {new} as the colour of {it}", "{it} should now be {new}",
                      "{it} has been changed from {old} to {new}"),
-        "reshape": ("has {a_new} in place of the {old}", "{a_new} rather than {a_old}",
+        "reshape": ("has {a_new} in place of the {old}", "has {a_new} there rather than {a_old}",
                     "the {old} has been changed into {a_new}"),
         "retexture": ("with a {new} pattern on {it}", "{it} {new} rather than {old}", "{it} should now be {new}"),
         "resize": ("{it} should now be {newer}", "a {new} {shape} rather than a {old} one", "has {it} {new} in size"),
         "move": ("has {it} placed {place}", "{it} should now be {place}", "with {it} moved {place}"),
         "add": ("also has {np} {place}", "one more shape , {np} , goes {place}", "with another shape {place} , {np}"),
-        "remove": ("the {shape} is gone", "has no {shape} any more", "leaves out the {shape}"),
+        "remove": ("the {shape} has gone away", "has no {shape} any more", "leaves out the {shape}"),
         "swap": ("the two shapes changed places",
                  "the {shape} should be where the {other} is , and the other one where it was",
                  "both shapes trade places"),

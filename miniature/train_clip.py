@@ -1,10 +1,17 @@
 """Train the small CLIP that stands in for OpenAI's, on captions of drawn scenes and garments.
 
-    python -m miniature.train_clip --output_dir modeling_tscir/miniature_clip
+Three passes, 80 minutes on two CPU cores: pictures and captions; then captions that tell of changes as well, since
+the language of modifications must be learned somewhere; then the text tower alone, on the same.
 
-About an hour on two CPU cores. The weights are rounded to fp16 and stored once, in the package. The val world's
-caption oracle (a picture's full caption finds it among the val gallery) is logged on the way and tells when it is good
-enough.
+    train="python -m miniature.train_clip"
+    $train --output_dir runs/clip/1 --change_share 0
+    again="--learning_rate 5e-4 --warmup_steps 50"
+    $train --output_dir runs/clip/2 --init_from runs/clip/1 $again --max_steps 1300 --seed 1
+    $train --output_dir modeling_tscir/miniature_clip --init_from runs/clip/2 $again --max_steps 2500 --seed 2 \
+        --freeze_vision
+
+The weights are rounded to fp16 and stored once, in the package. The val world's caption oracle (a picture's full
+caption finds it among the val gallery) is logged on the way and tells when it is good enough.
 """
 
 import argparse
@@ -15,14 +22,16 @@ import time
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from miniature.garments import Garment
-from miniature.language import full_caption, garment_caption, modification, scene_caption
+from miniature.language import change_caption, full_caption, garment_caption, modification, scene_caption
 from miniature.render import IMAGE_SIZE, render
-from miniature.scenes import Scene
+from miniature.scenes import Edit, Scene
 from miniature.worlds import scene_worlds, training_garments, training_groups
+from modeling_tscir.losses import info_nce_loss
 
 
 GROUPS_PER_BATCH, GROUP_SIZE, LOOSE_PER_BATCH, GARMENTS_PER_BATCH = 32, 4, 96, 32
@@ -87,25 +96,38 @@ def small_image_processor() -> CLIPImageProcessorPil:
 class Batches:
     """Batches in which half of the pictures are near-duplicates of each other, so that details have to be read."""
 
-    def __init__(self, num_groups: int, num_garments: int, seed: int):
+    def __init__(self, num_groups: int, num_garments: int, change_share: float, seed: int):
+        self.change_share = change_share
         self.rng = random.Random(seed)
         self.things: list[Scene | Garment] = []
+        self.changes: dict[int, tuple[Scene, Edit]] = {}  # how a picture came from another scene, by its place
         for group in itertools.islice(training_groups(f"clip {seed}", for_triplets=False), num_groups):
-            self.things += [group.reference, *self.rng.sample(group.scenes[1:], GROUP_SIZE - 1)]
+            self.things.append(group.reference)
+            for scene in self.rng.sample(group.scenes[1:], GROUP_SIZE - 1):
+                if scene in group.targets:
+                    edit = group.edits[group.targets.index(scene)]
+                    self.changes[len(self.things)] = (group.reference, edit)
+                self.things.append(scene)
         self.num_scenes = len(self.things)
         self.things += itertools.islice(training_garments(f"clip {seed}"), num_garments)
         self.pixels = np.stack([render(thing, f"clip {seed} {i}") for i, thing in enumerate(self.things)])
 
-    def next(self) -> tuple[np.ndarray, list[str]]:
+    def caption(self, i: int, change_share: float, **shares) -> str:
+        if change_share and i in self.changes and self.rng.random() < change_share:
+            return change_caption(*self.changes[i], self.rng)
+        return scene_caption(self.things[i], self.rng, **shares)
+
+    def next(self) -> tuple[list[int], list[str]]:
+        """Places of the pictures, and their captions."""
         rng = self.rng
         firsts = rng.sample(range(0, self.num_scenes, GROUP_SIZE), GROUPS_PER_BATCH)
         hard = [first + i for first in firsts for i in range(GROUP_SIZE)]
         loose = rng.sample(range(self.num_scenes), LOOSE_PER_BATCH)
         garments = rng.sample(range(self.num_scenes, len(self.things)), GARMENTS_PER_BATCH)
-        texts = [scene_caption(self.things[i], rng, full_share=0.6, clause_share=0.15) for i in hard]
-        texts += [scene_caption(self.things[i], rng) for i in loose]
+        texts = [self.caption(i, self.change_share, full_share=0.6, clause_share=0.15) for i in hard]
+        texts += [self.caption(i, 0.75 * self.change_share) for i in loose]
         texts += [garment_caption(self.things[i], rng) for i in garments]
-        return self.pixels[[*hard, *loose, *garments]], texts
+        return [*hard, *loose, *garments], texts
 
 
 def to_pixel_values(pixels: np.ndarray, processor: CLIPImageProcessorPil) -> torch.Tensor:
@@ -116,20 +138,26 @@ def to_pixel_values(pixels: np.ndarray, processor: CLIPImageProcessorPil) -> tor
 
 
 @torch.no_grad()
+def image_features(model: CLIPModel, pixels: np.ndarray, processor: CLIPImageProcessorPil) -> torch.Tensor:
+    """L2-normalised embeddings [n, D] of pictures [n, H, W, 3]."""
+    batches = (to_pixel_values(pixels[start : start + 256], processor) for start in range(0, len(pixels), 256))
+    features = [model.get_image_features(pixel_values=batch).pooler_output for batch in batches]
+    return F.normalize(torch.cat(features).float(), dim=-1)
+
+
+@torch.no_grad()
 def caption_oracle(model, tokenizer, processor, world: str) -> float:
     """R@1 of the full captions of `world`'s edited pictures, within all of its pictures."""
     groups, fillers = scene_worlds()[world]
     gallery = [s for g in groups for s in g.scenes] + list(fillers)
     wanted = [full_caption(s) for g in groups for s in g.targets]
     truth = [i * 9 + 1 + j for i in range(len(groups)) for j in range(4)]
-    images, texts = [], []
-    for start in range(0, len(gallery), 256):
-        pixels = np.stack([render(s, f"{world} {i}") for i, s in enumerate(gallery[start : start + 256], start)])
-        images.append(model.get_image_features(pixel_values=to_pixel_values(pixels, processor)).pooler_output)
+    images = image_features(model, np.stack([render(s, f"{world} {i}") for i, s in enumerate(gallery)]), processor)
+    texts = []
     for start in range(0, len(wanted), 256):
         ids = tokenizer(wanted[start : start + 256], padding=True, return_tensors="pt").input_ids
         texts.append(model.get_text_features(input_ids=ids).pooler_output)
-    images, texts = (torch.nn.functional.normalize(torch.cat(x).float(), dim=-1) for x in (images, texts))
+    texts = F.normalize(torch.cat(texts).float(), dim=-1)
     return ((texts @ images.T).argmax(1) == torch.tensor(truth)).float().mean().item()
 
 
@@ -141,15 +169,23 @@ def main() -> None:
     parser.add_argument("--num_garments", type=int, default=12_000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--warmup_steps", type=int, default=150)
+    parser.add_argument("--change_share", type=float, default=0.8, help="of edited near-duplicates, told as a change")
+    parser.add_argument("--freeze_vision", action="store_true", help="train the text tower alone")
+    parser.add_argument("--init_from", help="a folder of this script's to start from, instead of random weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer, processor = small_tokenizer(), small_image_processor()
     model = small_clip(len(tokenizer))
+    if args.init_from:
+        model = CLIPModel.from_pretrained(args.init_from, dtype=torch.float32, attn_implementation="eager")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)  # noqa: T201
-    batches = Batches(args.num_groups, args.num_garments, args.seed)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
+    model.vision_model.requires_grad_(not args.freeze_vision)
+    model.visual_projection.requires_grad_(not args.freeze_vision)
+    batches = Batches(args.num_groups, args.num_garments, args.change_share, args.seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    rest = [p for p in trained if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
         lr=args.learning_rate,
@@ -164,13 +200,18 @@ def main() -> None:
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     start = time.time()
+    frozen_images = image_features(model, batches.pixels, processor) if args.freeze_vision else None
     for step in range(1, args.max_steps + 1):
-        pixels, texts = batches.next()
+        places, texts = batches.next()
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(
-                pixel_values=to_pixel_values(pixels, processor), input_ids=encoded.input_ids, return_loss=True
-            ).loss
+            if frozen_images is None:
+                pixels = to_pixel_values(batches.pixels[places], processor)
+                images = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+            else:
+                images = frozen_images[places]
+            texts = model.get_text_features(input_ids=encoded.input_ids).pooler_output.float()
+        loss = info_nce_loss(F.normalize(texts, dim=-1), images, model.logit_scale.exp())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -27,8 +27,7 @@ class TSCIRConfig(PreTrainedConfig):
         num_injection_blocks (`int`): K, cross-attention blocks of visual semantic injection; 0 switches it off.
         num_injection_heads (`int`, *optional*): their attention heads; the text tower's number if `None`.
         soft_alignment_weight (`float`): lambda_soft of stage I; 0 switches soft text alignment off.
-        soft_target_mixture (`float`): a, the share of image similarity beside caption similarity in the soft targets.
-        soft_target_temperature (`float`): tau_s, temperature of the soft targets.
+        soft_alignment_temperature (`float`): tau_s; the smaller, the more the best-fitting captions count.
         lora_rank, lora_alpha, lora_dropout, lora_target_modules: the composing adapters, in PEFT's terms.
         reference_negative_weight (`float`): weight of a query's own reference image among its negatives; 0 is off.
         mined_negative_weight (`float`): weight of each mined hard negative; 0 is off.
@@ -51,9 +50,8 @@ class TSCIRConfig(PreTrainedConfig):
     mapper_dropout: float = 0.1
     num_injection_blocks: int = 2
     num_injection_heads: int | None = None
-    soft_alignment_weight: float = 0.05
-    soft_target_mixture: float = 0.5
-    soft_target_temperature: float = 0.05
+    soft_alignment_weight: float = 1.0
+    soft_alignment_temperature: float = 0.03
     lora_rank: int = 16
     lora_alpha: int = 16
     lora_dropout: float = 0.0
@@ -88,11 +86,10 @@ class TSCIRConfig(PreTrainedConfig):
                      "mined_negative_weight", "num_mined_negatives"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("soft_target_mixture", "training_free_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, but is {getattr(self, name)}")
-        if self.soft_target_temperature <= 0 or self.lora_rank < 1:
-            raise ValueError("soft_target_temperature must be positive and lora_rank at least 1")
+        if not 0 <= self.training_free_weight <= 1:
+            raise ValueError(f"training_free_weight must be between 0 and 1, but is {self.training_free_weight}")
+        if self.soft_alignment_temperature <= 0 or self.lora_rank < 1:
+            raise ValueError("soft_alignment_temperature must be positive and lora_rank at least 1")
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}

@@ -22,29 +22,23 @@ def info_nce_loss(query_embeds: torch.Tensor, target_embeds: torch.Tensor, logit
 
 
 def soft_alignment_loss(
-    pseudo_embeds: torch.Tensor,
-    image_embeds: torch.Tensor,
-    caption_embeds: torch.Tensor,
-    logit_scale: float,
-    mixture: float,
-    temperature: float,
+    pseudo_embeds: torch.Tensor, image_embeds: torch.Tensor, caption_embeds: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """Soft text alignment, KL(p || s), averaged over rows.
+    """Soft text alignment: cosine distance of pseudo-sentence and caption, sum_i w_i (1 - q_i.u_i).
 
-    A caption describes its image only in part, and another image's caption may describe it as well. Targets p mix
-    caption and image similarity, p_ij = softmax_j(((1-a) u_i.u_j + a v_i.v_j) / tau_s); predictions are
-    s_ij = softmax_j(q_i.u_j / tau).
+    A caption describes its image only in part. So captions count as much as CLIP thinks that they fit their images,
+    w_i = softmax_i(v_i.u_i / tau_s) over the batch; the others leave their pseudo-words to the image.
 
     Args:
         pseudo_embeds, image_embeds, caption_embeds (`torch.Tensor` [B, D]): q(x), v(x), u(c), L2-normalised.
-        logit_scale (`float`): 1 / tau.
-        mixture (`float`): a, between 0 (captions alone) and 1 (images alone).
-        temperature (`float`): tau_s.
+        temperature (`float`): tau_s; with a large one all captions count alike.
+
+    Returns:
+        Scalar from 0, where all captions that count are met, to 2.
     """
-    similarity = (1 - mixture) * caption_embeds @ caption_embeds.T + mixture * image_embeds @ image_embeds.T
-    targets = F.log_softmax(similarity / temperature, dim=-1)  # [B, B]
-    predictions = F.log_softmax(logit_scale * pseudo_embeds @ caption_embeds.T, dim=-1)
-    return F.kl_div(predictions, targets, reduction="batchmean", log_target=True)
+    fit = (image_embeds * caption_embeds).sum(-1)  # [B]
+    weights = torch.softmax(fit / temperature, dim=0)
+    return (weights * (1 - (pseudo_embeds * caption_embeds).sum(-1))).sum()
 
 
 def composing_loss(

@@ -5,12 +5,14 @@ from modeling_tscir import TSCIRConfig
 
 
 def test_round_trip(tmp_path):
-    config = TSCIRConfig(clip_config=CLIPConfig(projection_dim=48), stage=2, lora_rank=3, soft_target_mixture=0.25)
+    config = TSCIRConfig(
+        clip_config=CLIPConfig(projection_dim=48), stage=2, lora_rank=3, soft_alignment_temperature=0.25
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is TSCIRConfig
     assert loaded.to_diff_dict() == config.to_diff_dict()
-    assert (loaded.clip_config.projection_dim, loaded.lora_rank, loaded.soft_target_mixture) == (48, 3, 0.25)
+    assert (loaded.clip_config.projection_dim, loaded.lora_rank, loaded.soft_alignment_temperature) == (48, 3, 0.25)
 
 
 def test_a_live_backbone_configuration_is_left_alone():
@@ -31,8 +33,8 @@ def test_openai_end_of_text_id_is_the_last_id():
         {"stage": 3},
         {"num_pseudo_words": 0},
         {"num_injection_blocks": -1},
-        {"soft_target_mixture": 1.5},
-        {"soft_target_temperature": 0},
+        {"training_free_weight": 1.5},
+        {"soft_alignment_temperature": 0},
         {"mined_negative_weight": -0.1},
     ],
 )

@@ -11,8 +11,13 @@ from eval.cirr import load_cirr
 from miniature import build as build_module
 from miniature.garments import CATEGORIES
 from miniature.language import (
+    ABSENT_CLAUSES,
+    CLAUSES,
     GARMENT_WORDINGS,
+    GROUND_CLAUSES,
+    RELATIONS,
     WORDINGS,
+    change_caption,
     full_caption,
     garment_caption,
     garment_clause,
@@ -74,16 +79,29 @@ def test_triplets_and_stage_one_leave_out_what_they_must():
     assert {(s.shape, s.colour) for s in tested} >= PAIRS_NOT_IN_TRIPLETS | PAIRS_NOT_IN_STAGE1
 
 
+def bare(template: str) -> str:
+    """A wording whatever its places are called: "the {shape}" and "{it}" are filled alike."""
+    for name in ("the {shape}", "the {absent}", "{the}", "{noun}"):
+        template = template.replace(name, "{it}")
+    return template
+
+
 def test_wordings_of_the_worlds_differ_though_not_their_words():
     for kind, wordings in WORDINGS["test"].items():
         assert not set(wordings) & set(WORDINGS["train"].get(kind, ())), kind
         assert not set(WORDINGS["val"][kind]) & set(WORDINGS["train"].get(kind, ())), kind
+    said_in_captions = {bare(t) for wordings in CLAUSES.values() for t in wordings}
+    said_in_captions |= {bare(t) for t in (*GROUND_CLAUSES, *ABSENT_CLAUSES, *RELATIONS)}
+    said_in_captions |= {bare(t) for wordings in WORDINGS["captions"].values() for t in wordings}
+    assert not {bare(t) for wordings in WORDINGS["test"].values() for t in wordings} & said_in_captions
     rng = random.Random(0)
     seen: set[str] = set()
     for group in itertools.islice(training_groups("any", for_triplets=True), 3000):
         seen |= {w for e in group.edits for w in modification(group.reference, e, "train", rng).split()}
     for scene in itertools.islice(stage1_scenes("any"), 16_000):
         seen |= set(scene_caption(scene, rng).split())
+    for group in itertools.islice(training_groups("any", for_triplets=False), 1000):
+        seen |= {w for e in group.edits for w in change_caption(group.reference, e, rng).split()}
     for garment in itertools.islice(training_garments("any"), 3000):
         seen |= set(garment_caption(garment, rng).split())
     for world in ("val", "test"):

@@ -40,8 +40,9 @@ class Stage1Arguments:
     mapper_hidden_size: int | None = field(default=None, metadata={"help": "Width of the MLP's hidden layers."})
     mapper_dropout: float | None = field(default=None, metadata={"help": "Dropout in the mapper."})
     soft_alignment_weight: float | None = field(default=None, metadata={"help": "lambda_soft; 0 switches it off."})
-    soft_target_mixture: float | None = field(default=None, metadata={"help": "a: 0 caption, 1 image similarity."})
-    soft_target_temperature: float | None = field(default=None, metadata={"help": "tau_s of the soft targets."})
+    soft_alignment_temperature: float | None = field(
+        default=None, metadata={"help": "tau_s: the smaller, the more the best-fitting captions count."}
+    )
 
     def choices(self) -> dict:
         given = {k: v for k, v in vars(self).items() if not k.endswith("_column")}
@@ -105,12 +106,7 @@ class Stage1Objective(nn.Module):
         loss = terms["image_loss"]
         if config.soft_alignment_weight > 0:
             terms["soft_alignment_loss"] = soft_alignment_loss(
-                pseudo,
-                images,
-                captions,
-                self.logit_scale,
-                config.soft_target_mixture,
-                config.soft_target_temperature,
+                pseudo, images, captions, config.soft_alignment_temperature
             )
             loss = loss + config.soft_alignment_weight * terms["soft_alignment_loss"]
         return {"loss": loss, **terms}
