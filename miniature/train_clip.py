@@ -1,6 +1,6 @@
 """Train the small CLIP that stands in for OpenAI's, on captions of drawn scenes and garments.
 
-Three passes, 80 minutes on two CPU cores: pictures and captions; then captions that tell of changes as well, since
+Three passes, about 90 minutes on two CPU cores: pictures and captions; then captions that tell of changes as well, since
 the language of modifications must be learned somewhere; then the text tower alone, on the same.
 
     train="python -m miniature.train_clip"
