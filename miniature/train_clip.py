@@ -1,7 +1,7 @@
 """Train the small CLIP that stands in for OpenAI's, on captions of drawn scenes and garments.
 
-Three passes, about 90 minutes on two CPU cores: pictures and captions; then captions that tell of changes as well, since
-the language of modifications must be learned somewhere; then the text tower alone, on the same.
+Three passes, about 90 minutes on two CPU cores: pictures and captions; then captions that tell of changes as well,
+since the language of modifications must be learned somewhere; then the text tower alone, on the same.
 
     train="python -m miniature.train_clip"
     $train --output_dir runs/clip/1 --change_share 0
@@ -179,7 +179,7 @@ def main() -> None:
     model = small_clip(len(tokenizer))
     if args.init_from:
         model = CLIPModel.from_pretrained(args.init_from, dtype=torch.float32, attn_implementation="eager")
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)  # noqa: T201
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     model.vision_model.requires_grad_(not args.freeze_vision)
     model.visual_projection.requires_grad_(not args.freeze_vision)
     batches = Batches(args.num_groups, args.num_garments, args.change_share, args.seed)
@@ -220,12 +220,12 @@ def main() -> None:
         model.logit_scale.data.clamp_(max=math.log(100))
         if step % 50 == 0:
             line = f"step {step} loss {loss.item():.3f} scale {model.logit_scale.exp().item():.1f}"
-            print(f"{line} seconds {time.time() - start:.0f}", flush=True)  # noqa: T201
+            print(f"{line} seconds {time.time() - start:.0f}", flush=True)
         if step % 400 == 0 or step == args.max_steps:
             print(
                 f"step {step} val caption oracle R@1 {caption_oracle(model, tokenizer, processor, 'val'):.3f}",
                 flush=True,
-            )  # noqa: T201
+            )
             model.save_pretrained(args.output_dir)
     model.half().save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from eval.cirr import load_cirr
 from miniature import build as build_module
+from miniature import summarise
 from miniature.garments import CATEGORIES
 from miniature.language import (
     ABSENT_CLAUSES,
@@ -206,3 +207,26 @@ def test_stored_weights_are_small():
     stored = list((ROOT / "modeling_tscir").rglob("*.safetensors"))
     assert sorted(p.parent.name for p in stored) == ["miniature_checkpoint", "miniature_clip"]
     assert sum(p.stat().st_size for p in stored) <= 12 * 2**20
+
+
+def test_seeds_are_averaged_and_compared_in_pairs(tmp_path, monkeypatch, capsys):
+    methods = {"sum": (40.0, [1, 20, 20, 20] * 3), "stage1": (40.0, [2] * 12), "mlp": (30.0, [11] * 12)}
+    methods |= {"stage2": (50.0, [1] * 12), "oracle": (80.0, [1] * 12)}
+    for method in ("image", "text", "slerp"):
+        methods[method] = (10.0, [30] * 12)
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        names = ("recall_at_1", "recall_at_10", "recall_at_50", "subset_recall_at_1")
+        values = {m: {f"cirr_{n}": (v + seed) / 100 for n in names} for m, (v, _) in methods.items()}
+        (folder / "results.json").write_text(json.dumps(values))
+        (folder / "ranks.json").write_text(json.dumps({m: r for m, (_, r) in methods.items()}))
+    monkeypatch.setattr("sys.argv", ["summarise", str(tmp_path / "0"), str(tmp_path / "1")])
+    summarise.main()
+    printed = capsys.readouterr().out
+    assert "stage II closes 25% of the distance from sum" in printed and "1.25 times stage I" in printed
+    assert "stage2 - sum = +75.0 ± 0.00" in printed  # every reference differs alike
+    assert "R@10: stage1 - mlp = +100.0" in printed and "40.5" in printed
+    monkeypatch.setattr("sys.argv", ["summarise", str(tmp_path / "2")])
+    with pytest.raises(FileNotFoundError, match="miniature.demo"):
+        summarise.main()
