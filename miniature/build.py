@@ -24,8 +24,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from miniature.garment_language import garment_caption, garment_clause
 from miniature.garments import CATEGORIES, Garment
-from miniature.language import full_caption, garment_caption, garment_clause, modification, noun_phrase, scene_caption
+from miniature.language import full_caption, modification, noun_phrase, scene_caption
 from miniature.render import render
 from miniature.scenes import Scene
 from miniature.worlds import garment_worlds, scene_worlds, stage1_scenes, training_garments, training_groups

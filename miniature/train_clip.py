@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from miniature.garment_language import garment_caption
 from miniature.garments import Garment
-from miniature.language import change_caption, full_caption, garment_caption, modification, scene_caption
+from miniature.language import change_caption, full_caption, modification, scene_caption
 from miniature.render import IMAGE_SIZE, render
 from miniature.scenes import Edit, Scene
 from miniature.worlds import scene_worlds, training_garments, training_groups

@@ -10,18 +10,16 @@ from PIL import Image
 from eval.cirr import load_cirr
 from miniature import build as build_module
 from miniature import summarise
+from miniature.garment_language import GARMENT_WORDINGS, garment_caption, garment_clause
 from miniature.garments import CATEGORIES
 from miniature.language import (
     ABSENT_CLAUSES,
     CLAUSES,
-    GARMENT_WORDINGS,
     GROUND_CLAUSES,
     RELATIONS,
     WORDINGS,
     change_caption,
     full_caption,
-    garment_caption,
-    garment_clause,
     modification,
     scene_caption,
 )
