@@ -24,6 +24,9 @@ class TSCIRConfig(PreTrainedConfig):
         num_pseudo_words (`int`): M, the number of pseudo-words that stand for an image.
         mapper_hidden_size (`int`, *optional*): width of the mapper's hidden layers; twice the projection if `None`.
         mapper_dropout (`float`): dropout in the mapper while it is trained.
+        mapper_activation (`str`): "gelu", or "relu" (Pic2Word).
+        mapper_input (`str`): which image features the mapper reads: "scaled", L2-normalised times the root of their
+            width; "normalized", L2-normalised; or "raw", as CLIP projects them (Pic2Word, SEARLE, LinCIR).
         num_injection_blocks (`int`): K, cross-attention blocks of visual semantic injection; 0 switches it off.
         num_injection_heads (`int`, *optional*): their attention heads; the text tower's number if `None`.
         soft_alignment_weight (`float`): lambda_soft of stage I; 0 switches soft text alignment off.
@@ -48,6 +51,8 @@ class TSCIRConfig(PreTrainedConfig):
     num_pseudo_words: int = 4
     mapper_hidden_size: int | None = None
     mapper_dropout: float = 0.1
+    mapper_activation: str = "gelu"
+    mapper_input: str = "scaled"
     num_injection_blocks: int = 2
     num_injection_heads: int | None = None
     soft_alignment_weight: float = 1.0
@@ -86,6 +91,12 @@ class TSCIRConfig(PreTrainedConfig):
                      "mined_negative_weight", "num_mined_negatives"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name, known in (
+            ("mapper_activation", ("gelu", "relu")),
+            ("mapper_input", ("scaled", "normalized", "raw")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
         if not 0 <= self.training_free_weight <= 1:
             raise ValueError(f"training_free_weight must be between 0 and 1, but is {self.training_free_weight}")
         if self.soft_alignment_temperature <= 0 or self.lora_rank < 1:

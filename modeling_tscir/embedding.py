@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .images import ImageSource, load_image
+from .images import ImageSource, Selected
 
 
 def prefetched(function: Callable, items: Sequence, ahead: int = 2) -> Iterator:
@@ -28,8 +28,7 @@ def image_batches(
     """pixel_values [<= batch_size, 3, H, W] of pictures in order. `sources` is indexed as it is needed."""
 
     def prepare(start: int) -> torch.Tensor:
-        images = [load_image(sources[i]) for i in range(start, min(start + batch_size, len(sources)))]
-        return processor.image_processor(images, return_tensors="pt").pixel_values
+        return processor.pixel_values([sources[i] for i in range(start, min(start + batch_size, len(sources)))])
 
     return prefetched(prepare, range(0, len(sources), batch_size), ahead)
 
@@ -87,10 +86,10 @@ def embed_references(
     """Image embeddings [n, D] and pseudo-words [n, M, d_t] (None at stage 0) of references, fp32, on the CPU."""
     embeds, words = [], []
     for pixels in tracked(image_batches(processor, sources, batch_size), len(sources), batch_size, progress):
-        image_embeds, patch_states = model.encode_image(pixels.to(model.device, model.dtype))
+        image_embeds, pseudo_words = model.encode_reference(pixels.to(model.device, model.dtype))
         embeds.append(image_embeds.float().cpu())
-        if model.mapper is not None:
-            words.append(model.get_pseudo_words(image_embeds, patch_states).float().cpu())
+        if pseudo_words is not None:
+            words.append(pseudo_words.float().cpu())
     return torch.cat(embeds), torch.cat(words) if words else None
 
 
@@ -99,22 +98,21 @@ def embed_queries(
     model,
     processor,
     sources: Sequence[ImageSource],
+    references: Sequence[int],
     texts: Sequence[str],
     batch_size: int = 64,
     weight: float = 0.0,
     progress: bool | str = False,
 ) -> torch.Tensor:
-    """Composed queries [len(texts), D], L2-normalised, fp32, on the CPU, of a path or picture and a text each.
+    """Composed queries [len(texts), D], L2-normalised, fp32, on the CPU.
 
-    A source that stands several times is encoded once. Texts of like length share a batch.
+    Text i changes the picture `sources[references[i]]`. A picture is encoded once, however many texts change it, and
+    not at all if none does. Texts of like length share a batch.
     """
-    position: dict = {}
-    rows = [
-        position.setdefault(source if isinstance(source, str) else id(source), len(position)) for source in sources
-    ]
-    unique = {row: i for i, row in reversed(list(enumerate(rows)))}  # first place of each
-    firsts = [sources[unique[row]] for row in range(len(position))]
-    image_embeds, words = embed_references(model, processor, firsts, batch_size, progress)
+    unique = sorted(set(references))
+    row_of = {source: row for row, source in enumerate(unique)}
+    rows = [row_of[source] for source in references]
+    image_embeds, words = embed_references(model, processor, Selected(sources, unique), batch_size, progress)
     queries = torch.empty(len(texts), image_embeds.shape[1])
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), batch_size):

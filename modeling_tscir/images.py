@@ -141,6 +141,30 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return grey
 
 
+def pad_to_aspect_ratio(image: Image.Image, ratio: float) -> Image.Image:
+    """Black added evenly to both ends of the shorter side, until the longer is at most `ratio` times as long."""
+    shortest = round(max(image.size) / ratio)
+    width, height = max(image.width, shortest), max(image.height, shortest)
+    if (width, height) == image.size:
+        return image
+    padded = Image.new(image.mode, (width, height))
+    padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return padded
+
+
+class Selected(Sequence):
+    """Some rows of a sequence of pictures, fetched when asked for."""
+
+    def __init__(self, items: Sequence, rows: list[int]):
+        self.items, self.rows = items, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int):
+        return self.items[self.rows[i]]
+
+
 def list_images(folder: str | os.PathLike) -> list[str]:
     """Every file in `folder` and below that its name calls a picture, as sorted relative paths.
 

@@ -35,6 +35,9 @@ class PseudoWordMapper(nn.Module):
         num_blocks (`int`): K injection blocks; with 0 this is a plain MLP, and patch states are not needed.
         num_heads (`int`): attention heads of each block.
         dropout (`float`): dropout while training.
+        activation (`str`): "gelu" or "relu", between the MLP's layers.
+        input_scale (`float`): what inputs are multiplied by. An L2-normalised vector's entries shrink with its width,
+            while the layers expect entries of about one; hence sqrt(D) unless the mapper was trained otherwise.
 
     At initialisation the injection adds exactly nothing, so that every mapper starts as its plain MLP.
     """
@@ -49,15 +52,18 @@ class PseudoWordMapper(nn.Module):
         num_blocks: int,
         num_heads: int,
         dropout: float,
+        activation: str,
+        input_scale: float,
     ):
         super().__init__()
-        self.embed_dim, self.num_pseudo_words = embed_dim, num_pseudo_words
+        self.num_pseudo_words, self.input_scale = num_pseudo_words, input_scale
+        new_activation = {"gelu": nn.GELU, "relu": nn.ReLU}[activation]
         self.mlp = nn.Sequential(
             nn.Linear(embed_dim, hidden_size),
-            nn.GELU(),
+            new_activation(),
             nn.Dropout(dropout),
             nn.Linear(hidden_size, hidden_size),
-            nn.GELU(),
+            new_activation(),
             nn.Dropout(dropout),
             nn.Linear(hidden_size, num_pseudo_words * word_dim),
         )
@@ -76,7 +82,7 @@ class PseudoWordMapper(nn.Module):
         """Pseudo-words of images.
 
         Args:
-            image_embeds (`torch.Tensor` [B, D]): L2-normalised global embeddings v(x).
+            image_embeds (`torch.Tensor` [B, D]): global embeddings v(x), L2-normalised unless `mapper_input` is "raw".
             patch_states (`torch.Tensor` [B, N, d_v], *optional*): P(x), last hidden states but CLS; needed if K > 0.
 
         Returns:
@@ -85,8 +91,7 @@ class PseudoWordMapper(nn.Module):
         Raises:
             ValueError: if the mapper has injection blocks and `patch_states` is missing.
         """
-        # An L2-normalised vector's entries shrink with its width; the layers expect entries of about one.
-        words = self.mlp(image_embeds * self.embed_dim**0.5)  # [B, M * d_t]
+        words = self.mlp(image_embeds * self.input_scale)  # [B, M * d_t]
         words = words.unflatten(-1, (self.num_pseudo_words, -1))  # [B, M, d_t]
         if not self.needs_patches:
             return words

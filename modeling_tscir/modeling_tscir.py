@@ -153,15 +153,34 @@ class TSCIRModel(PreTrainedModel):
 
     def encode_image(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v(x) [B, D], L2-normalised, and P(x) [B, N, d_v], the last hidden states without CLS, in one pass."""
+        features, patch_states = self._project(pixel_values)
+        return F.normalize(features, dim=-1), patch_states
+
+    def _project(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.clip.vision_model(pixel_values=pixel_values)
-        embeds = self.clip.visual_projection(output.pooler_output)
-        return F.normalize(embeds, dim=-1), output.last_hidden_state[:, 1:]
+        return self.clip.visual_projection(output.pooler_output), output.last_hidden_state[:, 1:]
 
     def get_pseudo_words(self, image_embeds: torch.Tensor, patch_states: torch.Tensor | None = None) -> torch.Tensor:
-        """Pseudo-words [B, M, d_t] of images given by `encode_image`'s two outputs."""
+        """Pseudo-words [B, M, d_t] of images given by `encode_image`'s two outputs.
+
+        Raises:
+            ValueError: without a mapper, or with one that reads raw features, which `encode_reference` alone has.
+        """
         if self.mapper is None:
             raise ValueError("this is a plain CLIP without a mapper; train stage I first (train/stage1.py)")
+        if self.config.mapper_input == "raw":
+            raise ValueError(
+                'this mapper reads features before L2-normalisation (mapper_input "raw"); give pixel_values'
+            )
         return self.mapper(image_embeds, patch_states)
+
+    def encode_reference(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """v(x) [B, D], L2-normalised, and the images' pseudo-words [B, M, d_t], None without a mapper."""
+        features, patch_states = self._project(pixel_values)
+        image_embeds = F.normalize(features, dim=-1)
+        if self.mapper is None:
+            return image_embeds, None
+        return image_embeds, self.mapper(features if self.config.mapper_input == "raw" else image_embeds, patch_states)
 
     def encode_with_pseudo_words(
         self, input_ids: torch.Tensor, pseudo_mask: torch.Tensor, pseudo_words: torch.Tensor, adapters: bool = True
@@ -227,7 +246,7 @@ class TSCIRModel(PreTrainedModel):
         if not -1 <= weight <= 1:
             raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
         if pixel_values is not None:
-            image_embeds, patch_states = self.encode_image(pixel_values)
+            image_embeds, pseudo_words = self.encode_reference(pixel_values)
         trained = self.mapper is not None
         if image_embeds is None and (not trained or weight < 0 or pseudo_words is None):
             raise ValueError(
@@ -264,8 +283,7 @@ class TSCIRModel(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> TSCIROutput | tuple:
         """Compose references [B, 3, H, W] and modifications [B, L]; with targets [B, 3, H, W], score them too."""
-        image_embeds, patch_states = self.encode_image(pixel_values)
-        pseudo_words = self.get_pseudo_words(image_embeds, patch_states) if self.mapper is not None else None
+        image_embeds, pseudo_words = self.encode_reference(pixel_values)
         query_embeds = self.get_composed_features(
             input_ids=input_ids,
             pseudo_mask=pseudo_mask,
@@ -441,6 +459,8 @@ def new_mapper(config: TSCIRConfig) -> PseudoWordMapper:
         num_blocks=config.num_injection_blocks,
         num_heads=config.num_injection_heads or clip.text_config.num_attention_heads,
         dropout=config.mapper_dropout,
+        activation=config.mapper_activation,
+        input_scale=clip.projection_dim**0.5 if config.mapper_input == "scaled" else 1.0,
     )
 
 

@@ -14,6 +14,7 @@ from .embedding import embed_images, query_inputs
 from .images import (
     EXTENSIONS,
     ImageSource,
+    Selected,
     fetch,
     find_bad_images,
     handle_bad_images,
@@ -136,8 +137,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return {}, {} if weight is None else {"weight": weight}, {} if top_k is None else {"top_k": top_k}
 
     def preprocess(self, queries: list[dict]) -> dict[str, torch.Tensor]:
-        pictures = [load_image(query["image"]) for query in queries]
-        pixels = self.processor.image_processor(pictures, return_tensors="pt").pixel_values
+        pixels = self.processor.pixel_values([query["image"] for query in queries])
         inputs = query_inputs(self.processor, [query["text"] for query in queries])
         return {"pixel_values": pixels.to(self.model.dtype), **inputs}
 
@@ -159,19 +159,6 @@ class ComposedImageRetrievalPipeline(Pipeline):
         """Model, processor and code in one folder; the indexed gallery is not saved."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
-
-
-class Selected(Sequence):
-    """Some items of a sequence, fetched when asked for."""
-
-    def __init__(self, items: Sequence, rows: list[int]):
-        self.items, self.rows = items, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int):
-        return self.items[self.rows[i]]
 
 
 def gallery_of(images, image_column: str, id_column: str) -> tuple[Sequence[ImageSource], list[str | int]]:

@@ -5,7 +5,7 @@ from transformers import ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
 
-from .images import ImageSource, load_image
+from .images import ImageSource, load_image, pad_to_aspect_ratio
 
 
 logger = logging.get_logger(__name__)
@@ -21,6 +21,9 @@ class TSCIRProcessor(ProcessorMixin):
         num_pseudo_words (`int`): M, how many places `{image}` takes.
         prompt_template (`str`): of composed queries, with one `{image}` and one `{text}` after it.
         image_template (`str`): of an image alone, with one `{image}`; stage I and empty modifications use it.
+        padded_aspect_ratio (`float`, *optional*): pictures longer than this for their width, or wider than this for
+            their height, are first padded with black to it: 1 pads every picture to a square, 1.25 is the target
+            padding of CLIP4Cir and SEARLE. `None`, CLIP's own way, lets the centre crop cut off what is too long.
     """
 
     def __init__(
@@ -30,18 +33,28 @@ class TSCIRProcessor(ProcessorMixin):
         num_pseudo_words: int = 4,
         prompt_template: str = "a photo of {image} that {text}",
         image_template: str = "a photo of {image}",
+        padded_aspect_ratio: float | None = None,
         **kwargs,
     ):
         self.num_pseudo_words = num_pseudo_words
         self.prompt_template = prompt_template
         self.image_template = image_template
+        self.padded_aspect_ratio = padded_aspect_ratio
         super().__init__(image_processor, tokenizer, **kwargs)
-        if prompt_template.count("{image}") != 1 or prompt_template.count("{text}") != 1:
-            raise ValueError(f"prompt_template needs one {{image}} and one {{text}}: {prompt_template!r}")
+        self.checked_template(prompt_template)
         if image_template.count("{image}") != 1:
             raise ValueError(f"image_template needs one {{image}}: {image_template!r}")
+        if padded_aspect_ratio is not None and padded_aspect_ratio < 1:
+            raise ValueError(f"padded_aspect_ratio is the longer side over the shorter, not {padded_aspect_ratio}")
+
+    @staticmethod
+    def checked_template(prompt_template: str) -> str:
+        """A template of composed queries, or a `ValueError` that says what is wrong with it."""
+        if prompt_template.count("{image}") != 1 or prompt_template.count("{text}") != 1:
+            raise ValueError(f"prompt_template needs one {{image}} and one {{text}}: {prompt_template!r}")
         if prompt_template.index("{image}") > prompt_template.index("{text}"):
             raise ValueError(f"{{image}} must come before {{text}} in prompt_template: {prompt_template!r}")
+        return prompt_template
 
     @classmethod
     def from_clip_pretrained(cls, model_name_or_path, num_pseudo_words: int = 4, **kwargs) -> "TSCIRProcessor":
@@ -92,9 +105,7 @@ class TSCIRProcessor(ProcessorMixin):
             images = list(images) if isinstance(images, (list, tuple)) else [images]
             if texts is not None and len(images) != len(texts):
                 raise ValueError(f"{len(images)} images and {len(texts)} texts; a composed query needs one of each")
-            data["pixel_values"] = self.image_processor(
-                [load_image(image) for image in images], return_tensors="pt"
-            ).pixel_values
+            data["pixel_values"] = self.pixel_values(images)
         if texts is not None:
             plain = self.tokenize(texts)
             if images is None:
@@ -103,6 +114,13 @@ class TSCIRProcessor(ProcessorMixin):
                 data |= self.compose(texts)
                 data |= {"modification_ids": plain["input_ids"], "modification_mask": plain["attention_mask"]}
         return BatchFeature(data, tensor_type=None if return_tensors is None else return_tensors)
+
+    def pixel_values(self, images: list[ImageSource]) -> torch.Tensor:
+        """Pictures as the vision tower reads them, [B, 3, H, W]. Raises `ValueError` for one that cannot be read."""
+        pictures = [load_image(image) for image in images]
+        if self.padded_aspect_ratio is not None:
+            pictures = [pad_to_aspect_ratio(picture, self.padded_aspect_ratio) for picture in pictures]
+        return self.image_processor(pictures, return_tensors="pt").pixel_values
 
     def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Plain texts: input_ids and attention_mask [B, L], L the longest of the batch, at most 77."""

@@ -1,8 +1,75 @@
 """Ranking by cosine similarity: one core for pipeline, evaluation and mining."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+
+
+SCORES_AT_A_TIME = 2**25  # 128 MiB of fp32
+
+
+class Ranking(NamedTuple):
+    """The best of a gallery for each query, and where its true answers stand.
+
+    Args:
+        scores (`torch.Tensor` [Q, k]): best first; -inf where exclusions leave fewer than k rows.
+        indices (`torch.LongTensor` [Q, k]): gallery rows; -1 where the score is -inf.
+        truth_ranks (`torch.LongTensor` [Q, T], *optional*): rank of each truth, 1 the best, in the order given; 0
+            where a query has fewer than T truths.
+    """
+
+    scores: torch.Tensor
+    indices: torch.Tensor
+    truth_ranks: torch.Tensor | None = None
+
+
+def rank_gallery(
+    query_embeds: torch.Tensor,
+    gallery_embeds: torch.Tensor,
+    k: int,
+    truths: Sequence[Sequence[int]] | None = None,
+    exclude: Sequence[Sequence[int]] | None = None,
+    scores_at_a_time: int = SCORES_AT_A_TIME,
+) -> Ranking:
+    """Rank a gallery for every query: a blocked matrix product and a partial sort, on the embeddings' device.
+
+    Works through the queries in blocks, so that memory stays at `scores_at_a_time` scores (one query's at least).
+
+    Args:
+        query_embeds (`torch.Tensor` [Q, D]) and gallery_embeds (`torch.Tensor` [N, D]): L2-normalised, one device.
+        k (`int`): how many to return, at most N; of equal scores the lower index comes first.
+        truths: for each query, gallery indices of its true answers, whose ranks are wanted. Equal scores count against
+            them: a truth stands behind every picture that scores the same, but for truths given before it.
+        exclude: for each query, gallery indices that do not take part (CIRR: the reference).
+
+    Raises:
+        ValueError: for an empty gallery, k < 1, embeddings that are not finite, or a truth that is excluded.
+    """
+    if k < 1 or len(gallery_embeds) == 0:
+        raise ValueError(f"k is {k} and the gallery has {len(gallery_embeds)} rows; both must be at least 1")
+    if not torch.isfinite(query_embeds).all():
+        raise ValueError("query embeddings hold NaN or infinite values")
+    k = min(k, len(gallery_embeds))
+    block_size = max(1, scores_at_a_time // len(gallery_embeds))
+    blocks = []
+    for start in range(0, len(query_embeds), block_size):
+        rows = slice(start, start + block_size)
+        scores = (query_embeds[rows].to(gallery_embeds.dtype) @ gallery_embeds.T).float()  # [block, N]
+        if not torch.isfinite(scores).all():
+            raise ValueError("gallery embeddings hold NaN or infinite values")
+        if exclude is not None:
+            scores[_pairs(exclude[rows], scores.device)] = -torch.inf
+        ranks = None if truths is None else _ranks_of(scores, truths[rows])
+        blocks.append((*_best(scores, k), ranks))
+    if not blocks:
+        blocks = [(gallery_embeds.new_empty(0, k), torch.empty(0, k, dtype=torch.long), None)]
+    scores, indices, ranks = zip(*blocks, strict=True)
+    found = torch.cat(scores), torch.cat(indices).masked_fill(torch.cat(scores) == -torch.inf, -1)
+    if truths is None:
+        return Ranking(*found)
+    most = max((r.shape[1] for r in ranks), default=0)
+    return Ranking(*found, torch.cat([torch.nn.functional.pad(r, (0, most - r.shape[1])) for r in ranks]))
 
 
 def top_k(
@@ -10,53 +77,58 @@ def top_k(
     gallery_embeds: torch.Tensor,
     k: int,
     exclude: Sequence[Sequence[int]] | None = None,
-    block_size: int = 16_384,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most similar gallery rows of every query, best first; of equal scores the lower index comes first.
+    """Scores and indices, [Q, k] each, of the k most similar gallery rows of every query; see `rank_gallery`."""
+    ranking = rank_gallery(query_embeds, gallery_embeds, k, exclude=exclude)
+    return ranking.scores, ranking.indices
 
-    Works through the gallery in blocks, so that memory stays at Q x (block_size + 2k) scores whatever its size.
+
+def rank_candidates(
+    query_embeds: torch.Tensor,
+    gallery_embeds: torch.Tensor,
+    candidates: Sequence[Sequence[int]],
+    truths: Sequence[Sequence[int]] | None = None,
+) -> Ranking:
+    """Rank a short list of candidates of each query's own (CIRR's set of six, GeneCIS's gallery of fifteen).
 
     Args:
         query_embeds (`torch.Tensor` [Q, D]) and gallery_embeds (`torch.Tensor` [N, D]): L2-normalised, one device.
-        k (`int`): at most N; where exclusions leave fewer than k rows, the rest have score -inf and index -1.
-        exclude: for each query, gallery indices that must not be returned.
-        block_size (`int`): gallery rows at a time.
+        candidates: for each query, gallery indices, in any number.
+        truths: for each query, those of its candidates that are true; ranks are as in `rank_gallery`.
 
     Returns:
-        scores [Q, k] and indices [Q, k].
+        A [`Ranking`] of all candidates, k being the longest list's length; indices are gallery indices.
 
     Raises:
-        ValueError: for an empty gallery, k < 1, or embeddings that are not finite.
+        ValueError: for embeddings that are not finite, or a truth that is no candidate.
     """
-    if k < 1 or len(gallery_embeds) == 0:
-        raise ValueError(f"k is {k} and the gallery has {len(gallery_embeds)} rows; both must be at least 1")
-    if not torch.isfinite(query_embeds).all():
-        raise ValueError("query embeddings hold NaN or infinite values")
-    k = min(k, len(gallery_embeds))
-    device = gallery_embeds.device
-    pairs = _pairs(exclude, device)
-    best_scores = torch.full((len(query_embeds), 0), 0.0, device=device)
-    best_indices = torch.zeros((len(query_embeds), 0), dtype=torch.long, device=device)
-    for start in range(0, len(gallery_embeds), block_size):
-        block = gallery_embeds[start : start + block_size]
-        scores = (query_embeds.to(block.dtype) @ block.T).float()  # [Q, block]
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"gallery embeddings {start} to {start + len(block) - 1} hold NaN or infinite values")
-        if pairs is not None:
-            rows, columns = pairs
-            here = (columns >= start) & (columns < start + len(block))
-            scores[rows[here], columns[here] - start] = -torch.inf
-        # A stable sort breaks ties by index, but is slow over a whole block: cut to its best first, ties included.
-        found, columns = _best_of_block(scores, min(k, len(block)))
-        merged = torch.cat([best_scores, found], dim=1)
-        merged_indices = torch.cat([best_indices, columns + start], dim=1)
-        order = torch.sort(merged, dim=1, descending=True, stable=True).indices[:, :k]
-        best_scores, best_indices = merged.gather(1, order), merged_indices.gather(1, order)
-    return best_scores, best_indices.masked_fill(best_scores == -torch.inf, -1)
+    places = _padded(candidates, -1).to(gallery_embeds.device)  # [Q, C]
+    absent = places < 0
+    block_size = max(1, SCORES_AT_A_TIME // (max(1, places.shape[1]) * gallery_embeds.shape[1]))
+    scores = torch.cat(
+        [
+            torch.einsum("qcd,qd->qc", gallery_embeds[picked], queries.to(gallery_embeds.dtype)).float()
+            for picked, queries in zip(places.split(block_size), query_embeds.split(block_size), strict=True)
+        ]
+    )
+    if not torch.isfinite(scores).all():
+        raise ValueError("embeddings of queries or candidates hold NaN or infinite values")
+    scores = scores.masked_fill(absent, -torch.inf)
+    ranks = None
+    if truths is not None:
+        for number, (row, own) in enumerate(zip(candidates, truths, strict=True)):
+            if not set(own) <= set(row):
+                raise ValueError(
+                    f"query {number} has truths {sorted(set(own) - set(row))} that are no candidates of it"
+                )
+        columns = [[list(row).index(t) for t in own] for row, own in zip(candidates, truths, strict=True)]
+        ranks = _ranks_of(scores, columns)
+    best, order = _best(scores, places.shape[1])
+    return Ranking(best, places.gather(1, order), ranks)
 
 
-def _best_of_block(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top k of each row, equal scores by index."""
+def _best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top k of each row of [B, N], best first, equal scores by index: a partial sort, mended for ties at its end."""
     values, columns = scores.topk(k, dim=1)
     if k < scores.shape[1]:
         # topk may pick any of the scores that equal the last place; take the first of them instead.
@@ -67,48 +139,37 @@ def _best_of_block(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
             columns[row] = torch.cat([above, equal])
             values[row] = scores[row, columns[row]]
     columns, order = columns.sort(dim=1)
-    values = values.gather(1, order)
-    values, order = values.sort(dim=1, descending=True, stable=True)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
     return values, columns.gather(1, order)
 
 
-def _pairs(exclude: Sequence[Sequence[int]] | None, device) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if exclude is None:
-        return None
-    rows = [i for i, columns in enumerate(exclude) for _ in columns]
-    columns = [c for row in exclude for c in row]
+def _ranks_of(scores: torch.Tensor, truths: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Rank of each truth in its row of `scores` [B, N], [B, T]; 0 where a row has fewer truths than T."""
+    columns = _padded(truths, -1).to(scores.device)  # [B, T]
+    present = columns >= 0
+    own = scores.gather(1, columns.clamp(min=0)).masked_fill(~present, torch.inf)  # [B, T]
+    if (own == -torch.inf).any():
+        raise ValueError("a truth is among its query's excluded images")
+    ranks = torch.zeros_like(columns)
+    for t in range(columns.shape[1]):
+        rows = present[:, t].nonzero().flatten()
+        score = own[rows, t, None]
+        ranks[rows, t] = (scores[rows] >= score).sum(1)  # itself included, so 1 is the best
+        # Of truths that score the same, one given earlier stands behind one given later: the target, given first,
+        # is behind everything of its score.
+        ranks[rows, t] -= (own[rows, :t] == score).sum(1)
+    return ranks
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
+    longest = max(map(len, rows), default=0)
+    return torch.tensor([[*row, *[filler] * (longest - len(row))] for row in rows], dtype=torch.long).reshape(
+        len(rows), longest
+    )
+
+
+def _pairs(lists: Sequence[Sequence[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of every entry."""
+    rows = [i for i, columns in enumerate(lists) for _ in columns]
+    columns = [c for row in lists for c in row]
     return torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(columns, dtype=torch.long, device=device)
-
-
-def target_ranks(
-    query_embeds: torch.Tensor,
-    gallery_embeds: torch.Tensor,
-    targets: torch.Tensor,
-    exclude: Sequence[Sequence[int]] | None = None,
-    block_size: int = 1024,
-) -> torch.Tensor:
-    """Rank of each query's target in the whole gallery, 1 the best; equal scores count against it.
-
-    Args:
-        query_embeds (`torch.Tensor` [Q, D]), gallery_embeds (`torch.Tensor` [N, D]): L2-normalised.
-        targets (`torch.LongTensor` [Q]): gallery indices.
-        exclude: for each query, gallery indices that do not take part (CIRR: the reference).
-        block_size (`int`): queries at a time.
-
-    Raises:
-        ValueError: for scores that are not finite, or a target that is excluded.
-    """
-    ranks = []
-    for start in range(0, len(query_embeds), block_size):
-        rows = slice(start, start + block_size)
-        scores = query_embeds[rows] @ gallery_embeds.T  # [block, N]
-        if not torch.isfinite(scores).all():
-            raise ValueError(f"scores of queries {start} to {start + len(scores) - 1} hold NaN or infinite values")
-        if exclude is not None:
-            out, columns = _pairs(exclude[rows], scores.device)
-            if (columns == targets[rows][out]).any():
-                raise ValueError("a target is among its query's excluded images")
-            scores[out, columns] = -torch.inf
-        own = scores.gather(1, targets[rows, None])  # [block, 1]
-        ranks.append((scores >= own).sum(1))  # the target itself counts once: rank 1 is the best
-    return torch.cat(ranks)

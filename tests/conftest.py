@@ -7,11 +7,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import ipaddress
+import json
 import socket
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -21,7 +23,10 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "train")]
+sys.path[:0] = [str(ROOT), str(ROOT / "train"), str(ROOT / "eval")]
+import harness  # noqa: E402  (found on the path just set)
+
+
 DATA_DIR = Path(os.environ.get("TSCIR_DATA_DIR", "no such folder"))
 needs_data = pytest.mark.skipif(not DATA_DIR.is_dir(), reason="TSCIR_DATA_DIR does not name the folder of real data")
 
@@ -118,6 +123,38 @@ def picture_folder(pictures, tmp_path) -> Path:
     for i, picture in enumerate(pictures):
         picture.save(folder / ("below" if i % 2 else "") / f"{i}.png")
     return folder
+
+
+@pytest.fixture
+def model_dir(stage2, processor, tmp_path) -> Path:
+    """A stage II folder."""
+    stage2.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def write_json(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), "utf-8")
+
+
+@pytest.fixture
+def run_script(monkeypatch, tmp_path):
+    """Run an evaluation script's main with flags; gives what it left in results.json, and its rankings."""
+
+    def run(benchmark, *flags, output="out"):
+        folder = tmp_path / output
+        common = ["--output_dir", folder, "--cache_dir", tmp_path / "cache"]
+        monkeypatch.setattr(sys, "argv", [f"{benchmark.name}.py", *map(str, [*flags, *common])])
+        harness.main(benchmark)
+        return json.loads((folder / "results.json").read_text("utf-8")), pd.read_parquet(folder / "rankings.parquet")
+
+    return run
+
+
+def slow_rank(scores, truth, others):
+    """A truth's rank, by counting: it stands behind everything that scores the same."""
+    return 1 + sum(scores[i] >= scores[truth] for i in others if i != truth)
 
 
 @pytest.fixture

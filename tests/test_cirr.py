@@ -1,175 +1,202 @@
 import json
-import sys
 
+import cirr
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATA_DIR, needs_data
-
-from eval import cirr
-from eval.significance import mean_and_standard_error
+from conftest import DATA_DIR, needs_data, slow_rank, write_json
+from harness import METHODS, parse_arguments, rank
+from splits import Split
 
 
 @pytest.fixture
 def folder(tmp_path, pictures):
     """A split of six pictures and three queries in the official layout."""
     root = tmp_path / "CIRR"
-    names = [f"dev-{i}" for i in range(6)]
-    (root / "dev").mkdir(parents=True)
-    for name, picture in zip(names, pictures, strict=True):
-        picture.save(root / "dev" / f"{name}.png")
-    queries = [
-        {
-            "pairid": 10 + i,
-            "reference": names[i],
-            "target_hard": names[i + 1],
-            "target_soft": {},
-            "caption": caption,
-            "img_set": {"id": i, "members": names, "reference_rank": i, "target_rank": i + 1},
-        }
-        for i, caption in enumerate(["red", "that", ""])
-    ]
-    write(root / "cirr/captions/cap.rc2.val.json", queries)
-    write(root / "cirr/image_splits/split.rc2.val.json", {n: f"./dev/{n}.png" for n in names})
+    for split in ("val", "test1"):
+        names = [f"{split}-{i}" for i in range(6)]
+        (root / "dev").mkdir(parents=True, exist_ok=True)
+        for name, picture in zip(names, pictures, strict=True):
+            picture.save(root / "dev" / f"{name}.png")
+        queries = [
+            {
+                "pairid": 10 + i,
+                "reference": names[i],
+                "target_hard": names[i + 1],
+                "target_soft": {},
+                "caption": caption,
+                "img_set": {"id": i, "members": names, "reference_rank": i, "target_rank": i + 1},
+            }
+            for i, caption in enumerate(["red", "that " * 90, ""])
+        ]
+        if split == "test1":
+            queries = [{k: q[k] for k in ("pairid", "reference", "caption", "img_set")} for q in queries]
+        write_json(root / f"cirr/captions/cap.rc2.{split}.json", queries)
+        write_json(root / f"cirr/image_splits/split.rc2.{split}.json", {n: f"./dev/{n}.png" for n in names})
     return root
 
 
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), "utf-8")
+def load(folder, split="val") -> Split:
+    args = parse_arguments(cirr.CIRR, ["--data_dir", str(folder), "--split", split, "--check_data"])
+    return cirr.load(args)[""]
 
 
 def test_layouts_are_found(folder):
-    data = cirr.load_cirr(folder)
-    assert data.names[data.references[1]] == "dev-1" and data.pair_ids == [10, 11, 12]
+    split = load(folder)
+    assert split.image_ids[split.references[1]] == "val-1" and split.query_ids == [10, 11, 12]
+    assert split.candidates[1] == [0, 2, 3, 4, 5] and split.truths[1] == [2]
     (folder / "cirr").rename(folder / "x")
     (folder / "x" / "captions").rename(folder / "captions")
     (folder / "x" / "image_splits").rename(folder / "image_splits")
-    assert cirr.load_cirr(folder) == data
+    assert load(folder).sources == split.sources
     (folder / "img_raw").mkdir()
     (folder / "dev").rename(folder / "img_raw" / "dev")
-    assert cirr.load_cirr(folder).paths[0] == folder / "img_raw/dev/dev-0.png"
+    assert load(folder).sources[0] == str(folder / "img_raw/dev/val-0.png")
 
 
 def test_what_is_missing_is_named(folder):
-    (folder / "dev/dev-3.png").unlink()
-    with pytest.raises(ValueError, match=r"1 of 6 pictures.*dev-3\.png"):
-        cirr.load_cirr(folder)
+    (folder / "dev/val-3.png").unlink()
+    with pytest.raises(ValueError, match=r"1 of 6 pictures are missing.*val-3\.png"):
+        load(folder)
     path = folder / "cirr/captions/cap.rc2.val.json"
     records = json.loads(path.read_text("utf-8"))
     for change, message in (
-        ({"reference": "dev-99"}, r"cap\.rc2\.val\.json, record 1 names 'dev-99'"),
-        ({"caption": None}, r"cap\.rc2\.val\.json, record 1 lacks 'caption'"),
+        ({"caption": None}, r"cap\.rc2\.val\.json, record 1 has 'caption' = None"),
+        ({"reference": "dev-99"}, r"record 1 names 'dev-99', which is not in split\.rc2\.val\.json"),
+        ({"target_hard": "val-1"}, "record 1: the target must be another picture"),
+        ({"img_set": {}}, "record 1, img_set lacks 'members'"),
+        ({"pairid": 10}, "lists 1 queries more than once"),
     ):
-        broken = [dict(r) for r in records]
-        broken[1] = {k: v for k, v in (broken[1] | change).items() if v is not None}
-        write(path, broken)
+        write_json(path, [records[0], records[1] | change, records[2]])
         with pytest.raises(ValueError, match=message):
-            cirr.load_cirr(folder)
-    path.write_text("{", "utf-8")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        cirr.load_cirr(folder)
+            load(folder)
+    write_json(path, [records[0], {k: v for k, v in records[1].items() if k != "caption"}])
+    with pytest.raises(ValueError, match=r"cap\.rc2\.val\.json, record 1 lacks 'caption'"):
+        load(folder)
+    path.write_text("[{", "utf-8")
+    with pytest.raises(ValueError, match=r"cap\.rc2\.val\.json is not valid JSON"):
+        load(folder)
+    split_file = folder / "cirr/image_splits/split.rc2.val.json"
+    split_file.write_text('{"val-0": "./dev/val-0.png", "val-0": "./dev/val-1.png"}', "utf-8")
+    with pytest.raises(ValueError, match=r"split\.rc2\.val\.json holds \['val-0'\] more than once"):
+        load(folder)
     path.unlink()
-    with pytest.raises(ValueError, match="is missing"):
-        cirr.load_cirr(folder)
-
-
-def slow_metrics(queries, gallery, data):
-    """One query at a time: walk down the sorted gallery; the target is placed after everything of its score."""
-    hits: dict[str, list[bool]] = {}
-    for q in range(len(queries)):
-        scores = [float(s) for s in gallery @ queries[q]]
-        target, reference = data.targets[q], data.references[q]
-        for prefix, pool, ks in (
-            ("cirr_recall", range(len(scores)), cirr.RECALLS),
-            ("cirr_subset_recall", data.members[q], cirr.SUBSET_RECALLS),
-        ):
-            ranking = sorted((i for i in pool if i != reference), key=lambda i: (-scores[i], i == target))
-            for k in ks:
-                hits.setdefault(f"{prefix}_at_{k}", []).append(target in ranking[:k])
-    return {name: float(np.mean(values)) for name, values in hits.items()}
+    with pytest.raises(ValueError, match=r"captions not found.*docs/benchmarks\.md"):
+        load(folder)
 
 
 def test_metrics_equal_a_slow_reference_on_rankings_with_ties():
     rng = np.random.default_rng(0)
-    for trial in range(8):
-        n, num_queries = 60, 150
-        # Small integers: exact scores, and many of them equal.
-        gallery = torch.from_numpy(rng.integers(-1, 2, (n, 4))).float()
-        queries = torch.from_numpy(rng.integers(-1, 2, (num_queries, 4))).float()
-        picks = [rng.permutation(n)[:6].tolist() for _ in range(num_queries)]
-        data = cirr.CIRR(
-            [str(i) for i in range(n)], [], list(range(num_queries)), [""] * num_queries,
-            [p[0] for p in picks], [p[1] for p in picks], [sorted(p) for p in picks],
-        )  # fmt: skip
-        found = cirr.metrics(*cirr.query_ranks(queries, gallery, data), data)
-        assert {k: found[k] for k in slow_metrics(queries, gallery, data)} == slow_metrics(queries, gallery, data), (
-            trial
-        )
-        assert (found["cirr_num_queries"], found["cirr_num_gallery_images"]) == (num_queries, n)
+    n, num_queries = 60, 1200
+    # Small integers: exact scores, and many of them equal.
+    gallery = torch.from_numpy(rng.integers(-1, 2, (n, 4))).float()
+    queries = torch.from_numpy(rng.integers(-1, 2, (num_queries, 4))).float()
+    picks = [rng.permutation(n)[:6].tolist() for _ in range(num_queries)]
+    split = Split(
+        image_ids=[str(i) for i in range(n)], sources=[], files=[], query_ids=list(range(num_queries)),
+        references=[p[0] for p in picks], texts=[("",)] * num_queries, annotation_files=(),
+        truths=[[p[1]] for p in picks], candidates=[sorted(p[1:]) for p in picks], exclude_reference=True,
+    )  # fmt: skip
+    found = cirr.metrics({"": split}, {"": rank(split, queries, gallery)})
+    hits: dict[str, list[bool]] = {}
+    for q, (reference, target, *others) in enumerate(picks):
+        scores = (gallery @ queries[q]).tolist()
+        place = slow_rank(scores, target, [i for i in range(n) if i != reference])
+        among = slow_rank(scores, target, others)
+        for k in (1, 5, 10, 50):
+            hits.setdefault(f"cirr_recall_at_{k}", []).append(place <= k)
+        for k in (1, 2, 3):
+            hits.setdefault(f"cirr_subset_recall_at_{k}", []).append(among <= k)
+    assert found == {name: float(np.mean(values)) for name, values in hits.items()}
 
 
-def run(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["cirr.py", *map(str, flags)])
-    cirr.main()
-
-
-@pytest.fixture
-def model_dir(stage2, processor, tmp_path):
-    stage2.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.mark.parametrize("method", cirr.METHODS)
-def test_every_method_runs(method, monkeypatch, folder, model_dir, tmp_path, capsys):
-    flags = ["--model_name_or_path", model_dir, "--data_dir", folder, "--output_dir", tmp_path / "out"]
-    run(monkeypatch, *flags, "--method", method)
-    results = json.loads((tmp_path / "out/results.json").read_text("utf-8"))
-    assert results["cirr_num_queries"] == 3 and results["primary_metric"] in results
-    assert 0 <= results["cirr_recall_at_1"] <= results["cirr_recall_at_5"] <= 1
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs(method, run_script, folder, model_dir, capsys):
+    results, rankings = run_script(
+        cirr.CIRR, "--model_name_or_path", model_dir, "--data_dir", folder, "--method", method
+    )
+    assert (results["cirr_num_queries"], results["cirr_num_gallery_images"]) == (3, 6)
+    assert 0 <= results[results["primary_metric"]] <= results["cirr_recall_at_5"] <= 1
+    assert results["protocol"]["reference_removed"] and results["method"] == method
     assert "cirr_subset_recall_at_1" in capsys.readouterr().out
+    for row in rankings.itertuples():
+        assert sorted([*row.ranking, row.reference]) == [f"val-{i}" for i in range(6)]
+        assert list(row.ranking).index(row.truths[0]) + 1 <= row.truth_ranks[0]
+    assert results["cirr_recall_at_1"] == (rankings.truth_ranks.str[0] == 1).mean()
 
 
-def test_plain_clip_runs_training_free(monkeypatch, folder, clip_dir, tmp_path):
-    run(monkeypatch, "--model_name_or_path", clip_dir, "--data_dir", folder, "--output_dir", tmp_path / "out")
-    assert (tmp_path / "out/results.json").is_file()
+def test_plain_clip_runs_training_free(run_script, folder, clip_dir):
+    results, _ = run_script(cirr.CIRR, "--model_name_or_path", clip_dir, "--data_dir", folder)
+    assert results["model"]["stage"] == 0 and len(results["model"]["backbone_fingerprint"]) == 32
 
 
-def test_bad_pictures_are_refused_or_skipped_and_reported(monkeypatch, folder, model_dir, tmp_path):
-    (folder / "dev/dev-1.png").write_bytes(b"")
-    flags = ["--model_name_or_path", model_dir, "--data_dir", folder, "--output_dir", tmp_path / "out"]
-    with pytest.raises(SystemExit, match=r"(?s)1 of 6 pictures.*dev-1: empty"):
-        run(monkeypatch, *flags)
-    run(monkeypatch, *flags, "--on_bad_image", "skip")
-    results = json.loads((tmp_path / "out/results.json").read_text("utf-8"))
-    assert results["skipped_images"] == ["dev-1"]
+def test_bad_pictures_are_refused_or_skipped_and_reported(run_script, folder, model_dir, tmp_path):
+    (folder / "dev/val-1.png").write_bytes(b"")
+    flags = ["--model_name_or_path", model_dir, "--data_dir", folder]
+    with pytest.raises(SystemExit, match=r"(?s)1 of 6 pictures.*val-1: empty"):
+        run_script(cirr.CIRR, *flags)
+    assert not (tmp_path / "out").exists()
+    results, rankings = run_script(cirr.CIRR, *flags, "--on_bad_image", "skip")
+    assert results["skipped_images"] == ["val-1"]
     assert (results["cirr_num_queries"], results["cirr_num_gallery_images"]) == (1, 5)
+    assert rankings.query_id.tolist() == ["12"]
 
 
-def test_composed_queries_equal_the_models_own(folder, stage2, processor, pictures):
-    data = cirr.load_cirr(folder)
-    gallery = F.normalize(torch.randn(6, 24), dim=-1)
-    queries = cirr.compose("tscir", stage2, processor, data, gallery, 0.0)
-    with torch.no_grad():
-        expected = stage2.get_composed_features(**processor(images=pictures[:3], text=data.captions))
-    torch.testing.assert_close(queries, expected, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="unknown method"):
-        cirr.compose("product", stage2, processor, data, gallery, 0.5)
+def test_test_split_writes_valid_submissions(run_script, folder, model_dir, tmp_path, capsys):
+    flags = ["--model_name_or_path", model_dir, "--data_dir", folder, "--split", "test"]
+    results, rankings = run_script(cirr.CIRR, *flags)
+    assert results["primary_metric"] is None and "not public" in capsys.readouterr().out
+    for metric, column, length in (("recall", "ranking", 5), ("recall_subset", "candidates_ranking", 3)):
+        content = json.loads((tmp_path / f"out/{metric}_submission.json").read_text("utf-8"))
+        assert content.pop("version") == "rc2" and content.pop("metric") == metric
+        assert list(content) == ["10", "11", "12"]
+        for row in rankings.itertuples():
+            assert content[row.query_id] == list(getattr(row, column))[:length]
+            assert row.reference not in content[row.query_id]
 
 
-def test_clustered_standard_errors():
-    values = np.array([1.0, 0, 1, 1, 0, 0, 1, 0])
-    alone = mean_and_standard_error(values, np.arange(8))
-    assert alone == pytest.approx((0.5, np.std(values, ddof=1) / np.sqrt(8)))
-    doubled = mean_and_standard_error(np.repeat(values, 2), np.repeat(np.arange(8), 2))
-    assert doubled == pytest.approx(alone)  # copies of a query are no new evidence
+def test_broken_submissions_are_refused():
+    names = [f"test1-{i}" for i in range(60)]
+    good = {"version": "rc2", "metric": "recall", "1": names[:50], "2": names[10:]}
+    cirr.check_submission(good, [1, 2], names)
+    cirr.check_submission({"version": "rc2", "metric": "recall_subset", "1": names[:3]}, [1], names)
+    for broken, message in (
+        (good | {"metric": "recall@1"}, '"metric"'),
+        (good | {"1": names[:49]}, "query 1 has 49 pictures, not 50"),
+        (good | {"1": names[:49] + names[:1]}, "query 1 names a picture more than once"),
+        (good | {"1": [*names[:49], "dev-7"]}, r"query 1 names \['dev-7'\], not in the gallery"),
+        ({k: v for k, v in good.items() if k != "2"}, r"1 queries are missing, first \['2'\]"),
+        (good | {"3": names[:50]}, r"unknown queries: \['3'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cirr.check_submission(broken, [1, 2], names)
+    long = [n + "x" * 3000 for n in names]
+    rows = {str(q): long[:50] for q in range(50)}
+    with pytest.raises(ValueError, match="bytes; the server takes"):
+        cirr.check_submission({"version": "rc2", "metric": "recall"} | rows, range(50), long)
+
+
+def real_split(monkeypatch, split):
+    monkeypatch.setattr(cirr, "find_pictures", lambda patterns, names: names)
+    return load(DATA_DIR, split)
 
 
 @needs_data
-def test_real_annotations_have_the_published_counts(monkeypatch):
-    monkeypatch.setattr(cirr, "find_pictures", lambda data_dir, root, files: list(files.values()))
-    data = cirr.load_cirr(DATA_DIR)
-    assert (len(data.captions), len(data.names)) == (4181, 2297)
-    assert all(len(m) == 6 and r in m for m, r in zip(data.members, data.references, strict=True))
+@pytest.mark.parametrize(("name", "counts"), [("val", (4181, 2297)), ("test", (4148, 2315))])
+def test_real_annotations_have_the_published_counts(monkeypatch, name, counts):
+    split = real_split(monkeypatch, name)
+    assert (len(split.texts), len(split.image_ids)) == counts == cirr.CIRR.published_counts["", name]
+    assert {len(c) for c in split.candidates} == {5}
+    assert sum(text == ("",) for text in split.texts) == (name == "test")
+
+
+@needs_data
+def test_real_test_split_gives_submissions_that_the_server_takes(monkeypatch):
+    split = real_split(monkeypatch, "test")
+    generator = torch.Generator().manual_seed(0)
+    gallery = F.normalize(torch.randn(2315, 16, generator=generator), dim=-1)
+    queries = F.normalize(torch.randn(4148, 16, generator=generator), dim=-1)
+    files = cirr.submissions(split, rank(split, queries, gallery))
+    assert {len(content) for content in files.values()} == {4150}
+    assert max(len(json.dumps(content)) for content in files.values()) <= 5 * 10**6

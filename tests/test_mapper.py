@@ -7,7 +7,7 @@ from modeling_tscir.mapper import PseudoWordMapper, initialise_mapper_weights
 
 def new(num_blocks: int, seed: int = 0) -> PseudoWordMapper:
     torch.manual_seed(seed)
-    mapper = PseudoWordMapper(24, 40, 32, 2, 48, num_blocks, 4, 0.1)
+    mapper = PseudoWordMapper(24, 40, 32, 2, 48, num_blocks, 4, 0.1, "gelu", 24**0.5)
     initialise_mapper_weights(mapper, init)
     return mapper.eval()
 

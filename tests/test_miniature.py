@@ -7,9 +7,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from eval.cirr import load_cirr
 from miniature import build as build_module
 from miniature import summarise
+from miniature.compare import SHOWN, read_benchmark
 from miniature.garment_language import GARMENT_WORDINGS, garment_caption, garment_clause
 from miniature.garments import CATEGORIES
 from miniature.language import (
@@ -174,11 +174,15 @@ def test_the_real_loaders_read_it(world):
     assert {"reference", "modification", "target", "source", "quality"} <= set(triplets.column_names)
     assert len(triplets) == 40 and triplets[0]["reference"].size == (64, 64)
     for name, queries, pictures in (("val", 1200, 3000), ("test", 2400, 6000)):
-        data = load_cirr(world[0] / name / "CIRR")
-        assert (len(data.captions), len(data.names)) == (queries, pictures)
-        assert all(len(set(m)) == 6 for m in data.members)
-        for members, reference, target in zip(data.members, data.references, data.targets, strict=True):
-            assert reference in members and target in members
+        split = read_benchmark("CIRR", world[0] / name, world[0], None)[1][""]
+        assert (len(split.texts), len(split.image_ids)) == (queries, pictures)
+        assert all(len({*m, r}) == 6 for m, r in zip(split.candidates, split.references, strict=True))
+    fashioniq = read_benchmark("FashionIQ", world[0] / "test", world[0], None)[1]
+    assert {c: (len(s.texts), len(s.image_ids)) for c, s in fashioniq.items()} == dict.fromkeys(
+        ("dress", "shirt", "toptee"), (400, 1400)
+    )
+    circo = read_benchmark("CIRCO", world[0] / "test", world[0], None)[1][""]
+    assert len(circo.image_ids) == 6000 and len(circo.texts) > 800 and all(len(t) >= 2 for t in circo.truths)
 
 
 def test_fashioniq_and_circo_layouts(world):
@@ -208,23 +212,22 @@ def test_stored_weights_are_small():
 
 
 def test_seeds_are_averaged_and_compared_in_pairs(tmp_path, monkeypatch, capsys):
-    methods = {"sum": (40.0, [1, 20, 20, 20] * 3), "stage1": (40.0, [2] * 12), "mlp": (30.0, [11] * 12)}
-    methods |= {"stage2": (50.0, [1] * 12), "oracle": (80.0, [1] * 12)}
-    for method in ("image", "text", "slerp"):
-        methods[method] = (10.0, [30] * 12)
+    shares = dict.fromkeys(("image", "text", "slerp", "mlp"), 0.0) | {"sum": 0.25, "stage1": 0.5, "stage2": 1.0}
+    shares["oracle"] = 1.25  # no such share, but a number whose distances are easily read
     for seed in (0, 1):
         folder = tmp_path / str(seed)
         folder.mkdir()
-        names = ("recall_at_1", "recall_at_10", "recall_at_50", "subset_recall_at_1")
-        values = {m: {f"cirr_{n}": (v + seed) / 100 for n in names} for m, (v, _) in methods.items()}
+        values = {m: {f"{n}": share + seed / 1000 for n in SHOWN} for m, share in shares.items()}
+        clusters = {"clusters": [str(i // 4) for i in range(12)]}
+        hits = {m: [float(i % 4 < 4 * share) for i in range(12)] for m, share in shares.items()}
         (folder / "results.json").write_text(json.dumps(values))
-        (folder / "ranks.json").write_text(json.dumps({m: r for m, (_, r) in methods.items()}))
+        (folder / "per_query.json").write_text(json.dumps({name: clusters | hits for name in SHOWN}))
     monkeypatch.setattr("sys.argv", ["summarise", str(tmp_path / "0"), str(tmp_path / "1")])
     summarise.main()
     printed = capsys.readouterr().out
-    assert "stage II closes 25% of the distance from sum" in printed and "1.25 times stage I" in printed
-    assert "stage2 - sum = +75.0 ± 0.00" in printed  # every reference differs alike
-    assert "R@10: stage1 - mlp = +100.0" in printed and "40.5" in printed
+    assert "stage II closes 75% of the distance from sum" in printed and "2.00 times stage I" in printed
+    assert "R@1: stage2 - sum = +75.0 ± 0.00" in printed  # every reference differs alike
+    assert "CIRCO mAP@5: stage1 - mlp = +50.0" in printed and "25.1" in printed  # the mean of 25.0 and 25.1, rounded
     monkeypatch.setattr("sys.argv", ["summarise", str(tmp_path / "2")])
     with pytest.raises(FileNotFoundError, match="miniature.demo"):
         summarise.main()

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_tscir.ranking import target_ranks, top_k
+from modeling_tscir.metrics import ranks_of_truths
+from modeling_tscir.ranking import rank_candidates, rank_gallery, top_k
 
 
 def reference(queries, gallery, k, exclude):
@@ -16,22 +17,22 @@ def reference(queries, gallery, k, exclude):
     return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("block_size", [3, 7, 1000])
+@pytest.mark.parametrize("scores_at_a_time", [1, 100, 10_000])
 @pytest.mark.parametrize("k", [1, 4, 40])
-def test_equals_a_full_sort_with_ties_and_exclusions(k, block_size):
-    generator = torch.Generator().manual_seed(k * 10_000 + block_size)
+def test_equals_a_full_sort_with_ties_and_exclusions(k, scores_at_a_time):
+    generator = torch.Generator().manual_seed(k * 10_000 + scores_at_a_time)
     for _ in range(20):
         # Few distinct values of exact arithmetic, so that ties are common.
         queries = torch.randint(-1, 2, (5, 4), generator=generator).float()
         gallery = torch.randint(-1, 2, (40, 4), generator=generator).float()
         exclude = [torch.randperm(40, generator=generator)[: int(n)].tolist() for n in (0, 1, 5, 39, 40)]
-        _, indices = top_k(queries, gallery, k, exclude, block_size)
+        _, indices, _ = rank_gallery(queries, gallery, k, exclude=exclude, scores_at_a_time=scores_at_a_time)
         assert torch.equal(indices, reference(queries, gallery, k, exclude))
 
 
 def test_scores_are_cosines():
     queries, gallery = F.normalize(torch.randn(3, 8), dim=-1), F.normalize(torch.randn(20, 8), dim=-1)
-    scores, indices = top_k(queries, gallery, 20, block_size=6)
+    scores, indices = top_k(queries, gallery, 20)
     assert torch.allclose(scores, (queries @ gallery.T).gather(1, indices), atol=1e-6)
 
 
@@ -44,20 +45,57 @@ def test_what_cannot_be_ranked_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         top_k(good, good[:0], 1)
     with pytest.raises(ValueError, match="NaN"):
-        target_ranks(good, bad, torch.tensor([0, 0]))
+        rank_candidates(good, bad, [[0], [0]])
     with pytest.raises(ValueError, match="excluded"):
-        target_ranks(good, good, torch.tensor([0, 1]), exclude=[[1], [1]])
+        rank_gallery(good, good, 1, truths=[[0], [1]], exclude=[[1], [1]])
+    with pytest.raises(ValueError, match=r"query 1 has truths \[1\]"):
+        rank_candidates(good, good, [[0], [0]], truths=[[0], [1]])
 
 
-def test_ranks_count_equal_scores_against_the_target():
+def test_ranks_count_equal_scores_against_the_truth():
     queries, gallery = torch.ones(1, 1), torch.tensor([[3.0], [2.0], [2.0], [2.0], [1.0]])
-    assert target_ranks(queries, gallery, torch.tensor([2])).tolist() == [4]
-    assert target_ranks(queries, gallery, torch.tensor([2]), exclude=[[0, 1]]).tolist() == [2]
+    assert rank_gallery(queries, gallery, 1, truths=[[1]]).truth_ranks.tolist() == [[4]]
+    assert rank_gallery(queries, gallery, 1, truths=[[2]], exclude=[[0, 1]]).truth_ranks.tolist() == [[2]]
+    assert rank_gallery(queries, gallery, 1, truths=[[3, 1, 4]]).truth_ranks.tolist() == [[4, 3, 5]]
+
+
+def slow_ranks(scores, truths, exclude):
+    """Walk down the ranking: at each score the wrong pictures come first, then the truths, last given first."""
+    allowed = [i for i in range(len(scores)) if i not in exclude]
+    order = sorted(allowed, key=lambda i: (-scores[i], i in truths, -truths.index(i) if i in truths else 0))
+    return [order.index(t) + 1 for t in truths]
+
+
+def test_ranks_equal_a_slow_reference_on_rankings_with_ties():
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randint(-1, 2, (1200, 3), generator=generator).float()
+    gallery = torch.randint(-1, 2, (40, 3), generator=generator).float()
+    picks = [torch.randperm(40, generator=generator).tolist() for _ in queries]
+    truths = [p[: 1 + q % 5] for q, p in enumerate(picks)]
+    exclude = [p[5 : 5 + q % 3] for q, p in enumerate(picks)]
+    candidates = [p[:12] for p in picks]
+    found = rank_gallery(queries, gallery, 40, truths, exclude, scores_at_a_time=1000)
+    among = rank_candidates(queries, gallery, candidates, truths)
+    for q in range(len(queries)):
+        scores = (gallery @ queries[q]).tolist()
+        expected = slow_ranks(scores, truths[q], exclude[q])
+        assert found.truth_ranks[q].tolist() == expected + [0] * (5 - len(expected))
+        assert ranks_of_truths(scores, truths[q], exclude[q]).tolist() == expected
+        others = [i for i in range(40) if i not in candidates[q]]
+        assert among.truth_ranks[q][: len(truths[q])].tolist() == slow_ranks(scores, truths[q], others)
+        ranked = sorted(candidates[q], key=lambda i: (-scores[i], candidates[q].index(i)))
+        assert among.indices[q].tolist() == ranked
+
+
+def test_candidate_lists_may_differ_in_length():
+    queries, gallery = torch.randn(2, 8), torch.randn(30, 8)
+    ranking = rank_candidates(queries, gallery, [[3, 4, 5], [9]], truths=[[5], [9]])
+    assert ranking.indices[1].tolist() == [9, -1, -1] and ranking.truth_ranks[1].tolist() == [1]
 
 
 def test_ranks_agree_with_top_k():
     queries, gallery = torch.randn(50, 8), torch.randn(30, 8)
     targets, exclude = torch.arange(50) % 30, [[(i + 1) % 30] for i in range(50)]
-    _, order = top_k(queries, gallery, 30, exclude)
-    expected = (order == targets[:, None]).int().argmax(1) + 1
-    assert torch.equal(target_ranks(queries, gallery, targets, exclude, block_size=7), expected)
+    ranking = rank_gallery(queries, gallery, 30, targets[:, None].tolist(), exclude)
+    expected = (ranking.indices == targets[:, None]).int().argmax(1) + 1
+    assert torch.equal(ranking.truth_ranks[:, 0], expected)

@@ -23,7 +23,6 @@ from torch import nn
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_texts
-from modeling_tscir.images import load_image
 from modeling_tscir.losses import info_nce_loss, soft_alignment_loss
 
 
@@ -82,8 +81,7 @@ class Stage1Data(torch.utils.data.Dataset):
         if self.patch_states is not None:
             batch["patch_states"] = self.patch_states[index]
         elif self.pixels_needed:
-            images = [load_image(self.images[i]) for i in rows]
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt").pixel_values
+            batch["pixel_values"] = self.processor.pixel_values([self.images[i] for i in rows])
         return batch
 
 

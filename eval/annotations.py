@@ -1,0 +1,104 @@
+"""Reading benchmarks from disk: their records and pictures, every gap named."""
+
+import functools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def first_existing(candidates: Sequence[Path], what: str) -> Path:
+    """The first candidate that exists, or a `ValueError` that names all of them."""
+    for path in candidates:
+        if path.exists():
+            return path
+    looked = ", ".join(str(path) for path in candidates)
+    raise ValueError(f"{what} not found; looked for {looked}. docs/benchmarks.md says where it is had")
+
+
+def read_json(path: Path) -> Any:
+    """A file's content; `ValueError` naming it if it is missing, no JSON, or holds the same key twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError(f"{path} holds {_twice(key for key, _ in pairs)[:3]} more than once")
+        return content
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; docs/benchmarks.md says where it is had") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_records(path: Path) -> list[dict]:
+    """A file that holds a list of records."""
+    content = read_json(path)
+    if not isinstance(content, list) or not all(isinstance(record, dict) for record in content) or not content:
+        raise ValueError(f"{path} should hold a list of records")
+    return content
+
+
+def field(record: dict, key: str, kind: type, where: str) -> Any:
+    """`record[key]`, or a `ValueError` that names file and record if it is absent or of another kind."""
+    if key not in record:
+        raise ValueError(f"{where} lacks {key!r}")
+    value = record[key]
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{where} has {key!r} = {value!r}, which is no {kind.__name__}")
+    return value
+
+
+def index_of(ids: Sequence, path: Path, what: str = "pictures") -> dict:
+    """Place of every id; `ValueError` if one stands twice and would be counted twice."""
+    places = {name: i for i, name in enumerate(ids)}
+    if len(places) < len(ids):
+        twice = _twice(ids)
+        raise ValueError(f"{path} lists {len(ids) - len(places)} {what} more than once, first {twice[:3]}")
+    return places
+
+
+def _twice(values: Iterable) -> list:
+    seen: set = set()
+    return [value for value in values if value in seen or seen.add(value)]
+
+
+def lookup(places: dict, name, where: str, path: Path) -> int:
+    """Place of a picture that a record names, or a `ValueError`: it must be one of `path`'s."""
+    if name not in places:
+        raise ValueError(f"{where} names {name!r}, which is not in {path.name}")
+    return places[name]
+
+
+def find_pictures(patterns: Sequence[str], names: Sequence[str]) -> list[Path]:
+    """A file for every name: the first pattern ("folder/{}.jpg") under which it exists.
+
+    Raises:
+        ValueError: with the number of missing pictures, the first of them, and where was looked.
+    """
+
+    @functools.cache
+    def listing(folder: str) -> frozenset[str]:
+        return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+
+    found, missing = [], []
+    patterns = list(patterns)
+    for name in names:
+        for i, pattern in enumerate(patterns):
+            path = os.path.normpath(pattern.format(name))
+            if os.path.basename(path) in listing(os.path.dirname(path)):
+                found.append(Path(path))
+                patterns.insert(0, patterns.pop(i))  # most pictures lie where the last one lay
+                break
+        else:
+            missing.append(name)
+    if missing:
+        looked = ", ".join(pattern.format("*") for pattern in sorted(patterns))
+        raise ValueError(
+            f"{len(missing)} of {len(names)} pictures are missing, first {missing[:5]}; looked for {looked}. "
+            "docs/benchmarks.md says how they must lie"
+        )
+    return found

@@ -1,0 +1,280 @@
+"""What every benchmark script shares: arguments, queries by each method, ranking, and the files that a run leaves."""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from embedding_cache import DEFAULT_FOLDER, cache_key, cached, is_cached, preprocessing_of
+from results import counts, describe_data, describe_model, table, versions, write_rankings
+from splits import Ranked, Split, without_pictures
+from transformers import AutoConfig
+
+from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir.embedding import embed_images, embed_queries, embed_texts
+from modeling_tscir.images import find_bad_images, handle_bad_images
+from modeling_tscir.modeling_tscir import slerp
+from modeling_tscir.ranking import Ranking, rank_candidates, rank_gallery
+
+
+METHODS = ("tscir", "image", "text", "sum", "slerp")
+PADDING = {"model": "as the model's processor says", "clip": None, "squarepad": 1.0, "targetpad": 1.25}
+TOP_K = 50
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One benchmark, as its script declares it.
+
+    Args:
+        name: prefix of its metrics.
+        load: (arguments) to splits by category ("" where there is one), raising `ValueError` for what is missing.
+        metrics: (splits, rankings by category) to flat metrics as fractions; called where truths are public.
+        primary_metric: the name of one of them.
+        protocol: (arguments) to the switches that decide the figures.
+        splits: choices of `--split`.
+        published_counts: (category, split) to the numbers of queries and gallery pictures of the published benchmark.
+        submissions: (split, rankings) to file names and contents, checked against the server's rules; for test splits.
+        add_arguments: adds the switches to the parser.
+    """
+
+    name: str
+    description: str
+    load: Callable[[argparse.Namespace], dict[str, Split]]
+    metrics: Callable[[dict[str, Split], dict[str, Ranked]], dict[str, float]]
+    primary_metric: str
+    protocol: Callable[[argparse.Namespace], dict]
+    published_counts: dict[tuple[str, str], tuple[int | None, int | None]]
+    splits: tuple[str, ...] = ("val",)
+    submissions: Callable[[Split, Ranked], dict[str, dict]] | None = None
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+# ----- arguments
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_name_or_path", help="a trained folder, or a plain CLIP")
+    parser.add_argument("--data_dir", type=Path, required=True, help="see docs/benchmarks.md")
+    parser.add_argument("--output_dir", type=Path, help="gets results.json, rankings.parquet and submissions")
+    parser.add_argument("--method", default="tscir", choices=METHODS)
+    parser.add_argument(
+        "--weight",
+        type=float,
+        help="sum and slerp: the text's share, 0 to 1 (0.5); tscir: -1 to 1 moves queries to the picture or text (0)",
+    )
+    parser.add_argument("--prompt_template", help='of composed queries; "a photo of {image} that {text}" by default')
+    parser.add_argument(
+        "--preprocessing",
+        default="model",
+        choices=PADDING,
+        help="model: as the model was saved; clip: CLIP's resize and centre crop; squarepad, targetpad (1.25, as "
+        "SEARLE's): padded with black before",
+    )
+    parser.add_argument("--on_bad_image", default="error", choices=["error", "skip"])
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_FOLDER, help="of gallery embeddings")
+    parser.add_argument(
+        "--check_data", action="store_true", help="only read annotations and pictures, and say what is missing"
+    )
+
+
+def parse_arguments(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=benchmark.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_common_arguments(parser)
+    parser.add_argument("--split", default="val", choices=benchmark.splits)
+    benchmark.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    require_outputs(parser, args)
+    return args
+
+
+def require_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Errors for what only a check of the data can do without."""
+    if not args.check_data and (args.model_name_or_path is None or args.output_dir is None):
+        parser.error("--model_name_or_path and --output_dir are needed (but for --check_data)")
+
+
+# ----- embeddings and queries
+
+
+def load_model(args: argparse.Namespace) -> tuple[TSCIRModel, TSCIRProcessor]:
+    """A trained folder, or a plain CLIP that answers training-free, with the prompt and preprocessing asked for."""
+    name, dtype = args.model_name_or_path, getattr(torch, args.dtype)
+    if AutoConfig.from_pretrained(name).model_type == "clip":
+        model, processor = (
+            TSCIRModel.from_clip_pretrained(name, dtype=dtype),
+            TSCIRProcessor.from_clip_pretrained(name),
+        )
+    else:
+        model, processor = TSCIRModel.from_pretrained(name, dtype=dtype), TSCIRProcessor.from_pretrained(name)
+    if args.prompt_template is not None:
+        processor.prompt_template = processor.checked_template(args.prompt_template)
+    if args.preprocessing != "model":
+        processor.padded_aspect_ratio = PADDING[args.preprocessing]
+    return model.to(args.device).eval(), processor
+
+
+def embed_pictures(model: TSCIRModel, processor: TSCIRProcessor, split: Split, args) -> torch.Tensor:
+    """Every picture's embedding [N, D], L2-normalised, from the cache where it is there."""
+
+    def compute() -> torch.Tensor:
+        return embed_images(model, processor, split.sources, args.batch_size, progress="pictures")
+
+    return cached(args.cache_dir, cache_key(model, processor, split.files), compute)
+
+
+def readable(splits: dict[str, Split], keys: dict[str, str], args) -> tuple[dict[str, Split], list[str]]:
+    """The splits less what cannot be read, and the names of that; an error naming all of it unless it is skipped.
+
+    Pictures whose embeddings are cached were read before and are not decoded again.
+    """
+    bad: dict[str, list] = {}
+    total = 0
+    for category, split in splits.items():
+        if args.on_bad_image == "skip" or not is_cached(args.cache_dir, keys[category]):
+            bad[category] = find_bad_images(split.sources, split.image_ids)
+            total += len(split.image_ids)
+    handle_bad_images([one for several in bad.values() for one in several], total, args.on_bad_image)
+    lost = {category: {name for name, _ in several} for category, several in bad.items() if several}
+    smaller = {c: without_pictures(s, lost[c]) if c in lost else s for c, s in splits.items()}
+    return smaller, sorted(name for names in lost.values() for name in names)
+
+
+def mix(method: str, images: torch.Tensor, texts: torch.Tensor, weight: float) -> torch.Tensor:
+    """Training-free queries [Q, D] from image and text embeddings; `weight` is the text's share in sum and slerp."""
+    if method == "image":
+        return images
+    if method == "text":
+        return texts
+    if not 0 <= weight <= 1:
+        raise ValueError(f"the text's share in {method} must be between 0 and 1, not {weight}")
+    if method == "sum":
+        return F.normalize((1 - weight) * images + weight * texts, dim=-1)
+    if method == "slerp":
+        return slerp(images, texts, weight)
+    raise ValueError(f"unknown method {method!r}; known are {METHODS}")
+
+
+def compose(
+    method: str,
+    model: TSCIRModel,
+    processor: TSCIRProcessor,
+    split: Split,
+    image_embeds: torch.Tensor,
+    weight: float | None = None,
+    batch_size: int = 64,
+) -> torch.Tensor:
+    """Query embeddings [Q, D], L2-normalised, by one of METHODS; several wordings of a query are averaged."""
+    flat = [text for wordings in split.texts for text in wordings]
+    owner = torch.tensor([q for q, wordings in enumerate(split.texts) for _ in wordings])
+    references = torch.tensor(split.references)[owner]
+    if method == "tscir":
+        queries = embed_queries(
+            model, processor, split.sources, references.tolist(), flat, batch_size, weight or 0.0, progress="queries"
+        )
+    else:
+        texts = embed_texts(model, processor, flat, batch_size) if method != "image" else None
+        queries = mix(method, image_embeds[references], texts, 0.5 if weight is None else weight)
+    if len(flat) == len(split.texts):
+        return queries
+    return F.normalize(torch.zeros(len(split.texts), queries.shape[1]).index_add_(0, owner, queries), dim=-1)
+
+
+def rank(split: Split, queries: torch.Tensor, image_embeds: torch.Tensor, device: str = "cpu", k=TOP_K) -> Ranked:
+    """Rank the split's gallery and candidates for every query; results are on the CPU."""
+    queries, image_embeds = queries.to(device), image_embeds.to(device)
+    gallery = candidates = None
+    if split.gallery_size:
+        exclude = [[r] for r in split.references] if split.exclude_reference else None
+        gallery = rank_gallery(queries, image_embeds[: split.gallery_size], k, split.truths, exclude)
+    if split.candidates is not None:
+        targets = None if split.truths is None else [row[:1] for row in split.truths]
+        candidates = rank_candidates(queries, image_embeds, split.candidates, targets)
+    return Ranked(*(None if r is None else _on_cpu(r) for r in (gallery, candidates)))
+
+
+def _on_cpu(ranking: Ranking) -> Ranking:
+    return Ranking(*(None if tensor is None else tensor.cpu() for tensor in ranking))
+
+
+# ----- a whole run
+
+
+def main(benchmark: Benchmark) -> None:
+    """Run a benchmark's script: what a user did wrong ends it with one sentence."""
+    args = parse_arguments(benchmark)
+    try:
+        if args.check_data:
+            check_data(benchmark, args)
+            return
+        splits = benchmark.load(args)
+        results = run(benchmark, splits, *load_model(args), args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(table(results) + f"\n\nwritten to {args.output_dir}\n")
+
+
+def run(
+    benchmark: Benchmark, splits: dict[str, Split], model: TSCIRModel, processor: TSCIRProcessor, args
+) -> dict[str, object]:
+    """Evaluate loaded splits, write results.json, rankings.parquet and submissions, and return the results."""
+    keys = {category: cache_key(model, processor, split.files) for category, split in splits.items()}
+    splits, skipped = readable(splits, keys, args)
+    ranked = {}
+    for category, split in splits.items():
+        image_embeds = embed_pictures(model, processor, split, args)
+        queries = compose(args.method, model, processor, split, image_embeds, args.weight, args.batch_size)
+        ranked[category] = rank(split, queries, image_embeds, args.device)
+    public = all(split.truths is not None for split in splits.values())
+    results: dict[str, object] = dict(benchmark.metrics(splits, ranked)) if public else {}
+    results |= counts(benchmark.name, splits)
+    results |= {
+        "primary_metric": benchmark.primary_metric if public else None,
+        "method": args.method,
+        "weight": args.weight,
+        "protocol": {"split": args.split}
+        | benchmark.protocol(args)
+        | {
+            "prompt_template": processor.prompt_template,
+            "preprocessing": preprocessing_of(processor),
+            "dtype": args.dtype,
+        },
+        "model": describe_model(model, args.model_name_or_path),
+        "data": describe_data(splits),
+        "skipped_images": skipped,
+        "versions": versions(),
+        "command": shlex.join(sys.argv),
+    }
+    files = {"results.json": results}
+    if not public and benchmark.submissions is not None and not skipped:
+        files |= benchmark.submissions(splits[""], ranked[""])
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_rankings(args.output_dir / "rankings.parquet", splits, ranked)
+    for name, content in files.items():
+        indent = 2 if name == "results.json" else None
+        (args.output_dir / name).write_text(json.dumps(content, indent=indent), encoding="utf-8")
+    return results
+
+
+def check_data(benchmark: Benchmark, args: argparse.Namespace) -> None:
+    """Say how many queries and pictures there are, beside the published numbers, and decode every picture."""
+    for category, split in benchmark.load(args).items():
+        published = benchmark.published_counts.get((category, args.split), (None, None))
+        found = len(split.query_ids), split.gallery_size or len(split.image_ids)
+        label = " ".join(filter(None, (benchmark.name, category, args.split)))
+        for what, number, expected in zip(("queries", "pictures"), found, published, strict=True):
+            note = "" if expected is None else f" (published: {expected})"
+            sys.stdout.write(f"{label}: {number} {what}{note}\n")
+        handle_bad_images(find_bad_images(split.sources, split.image_ids), len(split.image_ids), "error")
+        sys.stdout.write(f"{label}: every picture can be read\n")

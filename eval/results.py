@@ -1,0 +1,98 @@
+"""The files that an evaluation leaves: metrics with all that decides them, rankings, and a table for people."""
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from datasets import Dataset
+from embedding_cache import digest
+from splits import Ranked, Split
+
+from modeling_tscir import TSCIRModel, __version__
+from modeling_tscir.ranking import Ranking
+
+
+def counts(name: str, splits: dict[str, Split]) -> dict[str, int]:
+    """Numbers of queries and gallery pictures of each category, and of all."""
+    found: dict[str, int] = {}
+    for category, split in splits.items():
+        prefix = f"{name}_{category}" if category else name
+        found[f"{prefix}_num_queries"] = len(split.query_ids)
+        found[f"{prefix}_num_gallery_images"] = split.gallery_size or len(split.image_ids)
+    if "" not in splits:
+        for what in ("num_queries", "num_gallery_images"):
+            found[f"{name}_{what}"] = sum(v for k, v in found.items() if k.endswith(what))
+    return found
+
+
+def describe_model(model: TSCIRModel, name: str) -> dict:
+    """What tells this model from any other: backbone and trained tensors by digest."""
+    trained = hashlib.sha256()
+    for key, tensor in sorted(model.delta_state_dict().items()):
+        trained.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    config = model.config
+    return {
+        "name_or_path": name,
+        "stage": config.stage,
+        "backbone": config.backbone_name_or_path,
+        "backbone_revision": config.backbone_revision,
+        "backbone_fingerprint": config.backbone_fingerprint,
+        "trained_fingerprint": trained.hexdigest()[:32] if config.stage else None,
+    }
+
+
+def describe_data(splits: dict[str, Split]) -> dict:
+    """Digests of the annotation files and of the list of pictures."""
+    paths = sorted({path for split in splits.values() for path in split.annotation_files})
+    return {
+        "annotations": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for path in paths},
+        "pictures_fingerprint": digest([split.image_ids for split in splits.values()]),
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "datasets", "numpy", "pillow", "safetensors")
+    return {"python": platform.python_version(), "tscir": __version__} | {name: version(name) for name in names}
+
+
+def write_rankings(path: Path, splits: dict[str, Split], ranked: dict[str, Ranked]) -> None:
+    """One row a query: its best pictures with their scores, its truths and their ranks, its ranked candidates."""
+    names = ("category", "query_id", "reference", "texts", "ranking", "scores", "truths", "truth_ranks")
+    columns: dict[str, list] = {name: [] for name in (*names, "candidates_ranking", "target_rank_among_candidates")}
+    for category, split in splits.items():
+        gallery, candidates = ranked[category]
+        ids = [str(name) for name in split.image_ids]
+        for q, query_id in enumerate(split.query_ids):
+            truths = [] if split.truths is None else split.truths[q]
+            row = {"category": category, "query_id": str(query_id), "reference": ids[split.references[q]]}
+            row |= {"texts": list(split.texts[q]), "truths": [ids[i] for i in truths]}
+            row |= {"ranking": named(gallery, q, ids), "candidates_ranking": named(candidates, q, ids)}
+            row["scores"] = [] if gallery is None else gallery.scores[q, : len(row["ranking"])].tolist()
+            row["truth_ranks"] = (
+                [] if gallery is None or not truths else gallery.truth_ranks[q, : len(truths)].tolist()
+            )
+            row["target_rank_among_candidates"] = (
+                None if candidates is None or not truths else int(candidates.truth_ranks[q, 0])
+            )
+            for name, column in columns.items():
+                column.append(row[name])
+    Dataset.from_dict(columns).to_parquet(path)
+
+
+def named(ranking: Ranking | None, query: int, ids: Sequence[str]) -> list[str]:
+    """The ids of one query's ranking, best first; excluded pictures are not in it."""
+    return [] if ranking is None else [ids[i] for i in ranking.indices[query].tolist() if i >= 0]
+
+
+def table(results: dict[str, object]) -> str:
+    """Metrics in percent, counts as they are."""
+    lines = [
+        f"{name:44}{100 * value:9.2f} %" if isinstance(value, float) else f"{name:44}{value:9}"
+        for name, value in results.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "weight"
+    ]
+    if results["primary_metric"] is None:
+        lines.append("The truths of this split are not public; upload the submission files to the server.")
+    return "\n".join(lines)

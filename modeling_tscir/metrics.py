@@ -1,0 +1,61 @@
+"""Retrieval metrics from ranks. A rank is 1 for the best; equal scores count against the method (see `ranking.py`)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def ranks_of_truths(scores: Sequence[float], truths: Sequence[int], exclude: Sequence[int] = ()) -> np.ndarray:
+    """Rank of each truth among one query's scores, equal scores counting against it.
+
+    For whole benchmarks use `ranking.rank_gallery`, which never holds all scores.
+
+    Args:
+        scores: similarity of every gallery picture.
+        truths: indices of the pictures that are right. Of truths that score the same, one given earlier
+            stands behind one given later.
+        exclude: indices that take no part.
+
+    Raises:
+        ValueError: for scores that are NaN, truths that are excluded, outside the gallery, given twice, or none.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    truths = np.asarray(truths, dtype=np.int64).reshape(-1)
+    if np.isnan(scores).any():
+        raise ValueError(f"{int(np.isnan(scores).sum())} scores are NaN; a ranking of them would mean nothing")
+    if len(truths) == 0 or len(set(truths.tolist())) < len(truths):
+        raise ValueError(f"a query needs truths, each once; got {truths.tolist()}")
+    if truths.min() < 0 or truths.max() >= len(scores):
+        raise ValueError(f"truths {truths.tolist()} are not all indices of {len(scores)} scores")
+    taking_part = np.ones(len(scores), dtype=bool)
+    taking_part[list(exclude)] = False
+    if not taking_part[truths].all():
+        raise ValueError("a truth is among its query's excluded images")
+    own = scores[truths]
+    at_least = (scores[taking_part][None, :] >= own[:, None]).sum(1)
+    earlier_equals = np.tril(own[None, :] == own[:, None], k=-1).sum(1)
+    return at_least - earlier_equals
+
+
+def recall_at_k(ranks: Sequence[int], k: int) -> float:
+    """Share of queries whose target stands at rank `k` or better. `ranks` [Q]: each query's target's."""
+    return float((np.asarray(ranks) <= k).mean())
+
+
+def average_precision_at_k(ranks: Sequence[int], k: int) -> float:
+    """AP@k of one query with several truths, as CIRCO defines it (Baldrati et al. 2023).
+
+    Sum over ranks r <= k that hold a truth of precision at r, divided by min(number of truths, k).
+
+    Args:
+        ranks: rank of each of the query's truths, in any order; zeros are ignored.
+    """
+    ranks = np.sort(np.asarray(ranks))
+    ranks = ranks[ranks > 0]
+    found = ranks[ranks <= k]
+    return float((np.arange(1, len(found) + 1) / found).sum() / min(len(ranks), k))
+
+
+def mean_average_precision_at_k(ranks: Sequence[Sequence[int]], k: int) -> float:
+    """mAP@k: the mean of `average_precision_at_k` over queries."""
+    return float(np.mean([average_precision_at_k(row, k) for row in ranks]))
