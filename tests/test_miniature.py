@@ -221,7 +221,7 @@ def test_seeds_are_averaged_and_compared_in_pairs(tmp_path, monkeypatch, capsys)
         clusters = {"clusters": [str(i // 4) for i in range(12)]}
         hits = {m: [float(i % 4 < 4 * share) for i in range(12)] for m, share in shares.items()}
         (folder / "results.json").write_text(json.dumps(values))
-        (folder / "per_query.json").write_text(json.dumps({name: clusters | hits for name in SHOWN}))
+        (folder / "per_query.json").write_text(json.dumps(dict.fromkeys(SHOWN, clusters | hits)))
     monkeypatch.setattr("sys.argv", ["summarise", str(tmp_path / "0"), str(tmp_path / "1")])
     summarise.main()
     printed = capsys.readouterr().out
