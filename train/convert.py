@@ -6,9 +6,9 @@
     python eval/cirr.py --model_name_or_path runs/searle --data_dir CIRR --output_dir runs/searle/cirr
 
 The three are multi-layer perceptrons with two hidden layers that read CLIP's image features without normalisation and
-give one pseudo-word, so each is a stage I model without injection; stage II can start from it too. The CLIP must be the
-one that the mapper was trained on: each was trained on OpenAI's ViT-L/14 (SEARLE on ViT-B/32 too, LinCIR on LAION's
-ViT-H/14 and ViT-G/14 too). Checkpoints are read with `weights_only=True`: nothing in them is executed.
+give one pseudo-word, so each is a stage I model without injection; stage II can start from it too. The CLIP must be
+the one that the mapper was trained on: OpenAI's ViT-L/14 (SEARLE: ViT-B/32 too; LinCIR: ViT-H/14 and ViT-G/14 too).
+Checkpoints are read with `weights_only=True`: nothing in them is executed.
 
 | format | in the file | activation | prompt | preprocessing |
 |---|---|---|---|---|

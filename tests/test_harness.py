@@ -1,0 +1,145 @@
+"""What every benchmark script shares, on CIRCO's layout and the small CLIP."""
+
+import json
+
+import circo
+import embedding_cache
+import harness
+import pytest
+import torch
+from harness import compose, load_model, parse_arguments
+from PIL import Image
+from test_circo import folder as folder  # noqa: PLC0414  (a fixture)
+
+from modeling_tscir import TSCIRProcessor
+from modeling_tscir.images import pad_to_aspect_ratio
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """How many pictures were embedded, run by run."""
+    counted = []
+    embed_images = harness.embed_images
+
+    def counting(model, processor, sources, *args, **kwargs):
+        counted.append(len(sources))
+        return embed_images(model, processor, sources, *args, **kwargs)
+
+    monkeypatch.setattr(harness, "embed_images", counting)
+    return counted
+
+
+def test_a_gallery_is_embedded_once(folder, run_script, model_dir, stage1, processor, tmp_path, embedded):
+    flags = ["--data_dir", folder, "--model_name_or_path"]
+    first, _ = run_script(circo.CIRCO, *flags, model_dir)
+    again, _ = run_script(circo.CIRCO, *flags, model_dir, "--method", "image")
+    assert embedded == [6] and first["data"] == again["data"]
+    # Another mapper on the same backbone sees the same gallery; another preprocessing or precision does not.
+    stage1.save_pretrained(tmp_path / "stage1")
+    processor.save_pretrained(tmp_path / "stage1")
+    other, _ = run_script(circo.CIRCO, *flags, tmp_path / "stage1")
+    assert embedded == [6]
+    assert other["model"]["backbone_fingerprint"] == first["model"]["backbone_fingerprint"]
+    assert other["model"]["trained_fingerprint"] != first["model"]["trained_fingerprint"]
+    run_script(circo.CIRCO, *flags, model_dir, "--preprocessing", "squarepad")
+    run_script(circo.CIRCO, *flags, model_dir, "--dtype", "bfloat16")
+    assert embedded == [6] * 3
+    # A picture that changed makes the gallery another.
+    Image.new("RGB", (40, 40), "red").save(folder / "COCO2017_unlabeled/unlabeled2017/000000000007.jpg")
+    run_script(circo.CIRCO, *flags, model_dir)
+    assert embedded == [6] * 4
+
+
+def test_a_cache_that_cannot_be_read_is_made_again(tmp_path):
+    tensor = torch.randn(3, 4)
+    for content in (None, b"", b"half of a fi"):
+        if content is not None:
+            (tmp_path / "key.safetensors").write_bytes(content)
+        assert torch.equal(embedding_cache.cached(tmp_path, "key", lambda: tensor), tensor)
+    assert torch.equal(embedding_cache.cached(tmp_path, "key", lambda: 1 / 0), tensor)
+    with pytest.raises(ZeroDivisionError):
+        embedding_cache.cached(tmp_path, "other", lambda: 1 / 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["key.safetensors"]
+
+
+def test_results_say_what_decides_them(folder, run_script, model_dir):
+    flags = ["--data_dir", folder, "--model_name_or_path", model_dir, "--prompt_template", "{image} , {text}"]
+    results, _ = run_script(circo.CIRCO, *flags, "--preprocessing", "targetpad")
+    protocol = results["protocol"]
+    assert protocol["prompt_template"] == "{image} , {text}" and protocol["split"] == "val"
+    assert protocol["preprocessing"]["padded_aspect_ratio"] == 1.25
+    assert protocol["preprocessing"]["size"] == {"shortest_edge": 32}
+    assert set(results["data"]["annotations"]) == {"val.json", "image_info_unlabeled2017.json"}
+    assert results["versions"]["tscir"] and "circo.py --data_dir" in results["command"]
+    assert (results["circo_num_queries"], results["circo_num_gallery_images"]) == (2, 6)
+
+
+def test_check_data_says_what_is_there_and_what_is_missing(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["circo.py", "--data_dir", str(folder), "--check_data"])
+    harness.main(circo.CIRCO)
+    printed = capsys.readouterr().out
+    assert (
+        "circo val: 2 queries (published: 220)" in printed and "circo val: 6 pictures (published: 123403)" in printed
+    )
+    assert "every picture can be read" in printed
+    pictures = folder / "COCO2017_unlabeled/unlabeled2017"
+    (pictures / "000000000042.jpg").write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match=r"(?s)1 of 6 pictures cannot be read.*42: not a picture"):
+        harness.main(circo.CIRCO)
+    for name in ("000000000042.jpg", "000000000005.jpg"):
+        (pictures / name).unlink()
+    with pytest.raises(SystemExit, match=r"2 of 6 pictures are missing, first \['000000000005', '000000000042'\]"):
+        harness.main(circo.CIRCO)
+
+
+def test_what_is_needed_is_asked_for(folder, monkeypatch, capsys, model_dir):
+    with pytest.raises(SystemExit):
+        parse_arguments(circo.CIRCO, ["--data_dir", str(folder)])
+    assert "--model_name_or_path and --output_dir are needed" in capsys.readouterr().err
+    flags = ["--data_dir", str(folder), "--output_dir", "o", "--model_name_or_path", str(model_dir)]
+    with pytest.raises(ValueError, match="needs one {image}"):
+        load_model(parse_arguments(circo.CIRCO, [*flags, "--prompt_template", "a photo of * that {text}"]))
+
+
+def test_composed_queries_equal_the_models_own(folder, stage2, processor, pictures):
+    split = circo.load(parse_arguments(circo.CIRCO, ["--data_dir", str(folder), "--check_data"]))[""]
+    queries = compose("tscir", stage2, processor, split, torch.empty(0))
+    with torch.no_grad():
+        expected = stage2.get_composed_features(**processor(images=[split.sources[0]] * 2, text=["is red"] * 2))
+    torch.testing.assert_close(queries, expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="unknown method"):
+        compose("product", stage2, processor, split, queries[:1].repeat(6, 1))
+    with pytest.raises(ValueError, match="between 0 and 1, not 2"):
+        compose("sum", stage2, processor, split, queries[:1].repeat(6, 1), weight=2)
+
+
+def test_skipped_pictures_leave_queries_that_do_not_need_them(folder, run_script, model_dir):
+    path = folder / "annotations/val.json"
+    records = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps([*records, records[0] | {"id": 2, "reference_img_id": 5, "gt_img_ids": [100, 42, 9]}]))
+    (folder / "COCO2017_unlabeled/unlabeled2017/000000000009.jpg").write_bytes(b"")
+    (folder / "COCO2017_unlabeled/unlabeled2017/000000000023.jpg").write_bytes(b"")
+    flags = ["--data_dir", folder, "--model_name_or_path", model_dir, "--on_bad_image", "skip"]
+    results, rankings = run_script(circo.CIRCO, *flags)
+    assert results["skipped_images"] == ["23", "9"] and results["circo_num_gallery_images"] == 4
+    assert rankings.query_id.tolist() == ["0", "2"]
+    assert [list(t) for t in rankings.truths] == [["100"], ["100", "42"]]
+
+
+def test_padding(clip_dir, tmp_path):
+    wide = Image.new("RGB", (200, 50), "white")
+    assert pad_to_aspect_ratio(wide, 1).size == (200, 200) and pad_to_aspect_ratio(wide, 1.25).size == (200, 160)
+    assert pad_to_aspect_ratio(wide, 4) is wide
+    assert pad_to_aspect_ratio(wide.rotate(90, expand=True), 1.25).size == (160, 200)
+    assert pad_to_aspect_ratio(wide, 1).getpixel((100, 74)) == (0, 0, 0)
+    assert pad_to_aspect_ratio(wide, 1).getpixel((100, 76)) == (255, 255, 255)
+    processor = TSCIRProcessor.from_clip_pretrained(clip_dir, padded_aspect_ratio=1)
+    processor.save_pretrained(tmp_path)
+    again = TSCIRProcessor.from_pretrained(tmp_path)
+    assert again.padded_aspect_ratio == 1
+    assert torch.equal(again.pixel_values([wide]), processor(images=wide)["pixel_values"])
+    assert not torch.equal(
+        again.pixel_values([wide]), TSCIRProcessor.from_clip_pretrained(clip_dir).pixel_values([wide])
+    )
+    with pytest.raises(ValueError, match="longer side over the shorter"):
+        TSCIRProcessor.from_clip_pretrained(clip_dir, padded_aspect_ratio=0.5)
