@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from datasets import Dataset
+import pyarrow as pa
+import pyarrow.parquet as pq
 from embedding_cache import digest
 from splits import Ranked, Split
 
@@ -78,7 +79,7 @@ def write_rankings(path: Path, splits: dict[str, Split], ranked: dict[str, Ranke
             )
             for name, column in columns.items():
                 column.append(row[name])
-    Dataset.from_dict(columns).to_parquet(path)
+    pq.write_table(pa.table(columns), path)
 
 
 def named(ranking: Ranking | None, query: int, ids: Sequence[str]) -> list[str]:

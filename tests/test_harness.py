@@ -7,6 +7,7 @@ import embedding_cache
 import harness
 import pytest
 import torch
+from conftest import randomised
 from harness import compose, load_model, parse_arguments
 from PIL import Image
 from test_circo import folder as folder  # noqa: PLC0414  (a fixture)
@@ -29,15 +30,16 @@ def embedded(monkeypatch):
     return counted
 
 
-def test_a_gallery_is_embedded_once(folder, run_script, model_dir, stage1, processor, tmp_path, embedded):
+def test_a_gallery_is_embedded_once(folder, run_script, model_dir, stage2, processor, tmp_path, embedded):
     flags = ["--data_dir", folder, "--model_name_or_path"]
     first, _ = run_script(circo.CIRCO, *flags, model_dir)
     again, _ = run_script(circo.CIRCO, *flags, model_dir, "--method", "image")
     assert embedded == [6] and first["data"] == again["data"]
     # Another mapper on the same backbone sees the same gallery; another preprocessing or precision does not.
-    stage1.save_pretrained(tmp_path / "stage1")
-    processor.save_pretrained(tmp_path / "stage1")
-    other, _ = run_script(circo.CIRCO, *flags, tmp_path / "stage1")
+    randomised(stage2.mapper.parameters(), 7)
+    stage2.save_pretrained(tmp_path / "other")
+    processor.save_pretrained(tmp_path / "other")
+    other, _ = run_script(circo.CIRCO, *flags, tmp_path / "other")
     assert embedded == [6]
     assert other["model"]["backbone_fingerprint"] == first["model"]["backbone_fingerprint"]
     assert other["model"]["trained_fingerprint"] != first["model"]["trained_fingerprint"]
