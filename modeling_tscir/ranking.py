@@ -1,12 +1,14 @@
 """Ranking by cosine similarity: one core for pipeline, evaluation and mining."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 
-SCORES_AT_A_TIME = 2**25  # 128 MiB of fp32
+SCORES_AT_A_TIME = 2**24  # 64 MiB of fp32
 
 
 class Ranking(NamedTuple):
@@ -56,7 +58,7 @@ def rank_gallery(
     for start in range(0, len(query_embeds), block_size):
         rows = slice(start, start + block_size)
         scores = (query_embeds[rows].to(gallery_embeds.dtype) @ gallery_embeds.T).float()  # [block, N]
-        if not torch.isfinite(scores).all():
+        if not torch.isfinite(scores.sum()):  # cosines do not overflow, and one NaN or infinity makes the sum one
             raise ValueError("gallery embeddings hold NaN or infinite values")
         if exclude is not None:
             scores[_pairs(exclude[rows], scores.device)] = -torch.inf
@@ -133,7 +135,8 @@ def _best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if k < scores.shape[1]:
         # topk may pick any of the scores that equal the last place; take the first of them instead.
         last = values[:, -1:]
-        for row in ((scores == last).sum(1) > (values == last).sum(1)).nonzero().flatten().tolist():
+        ties = _count(scores, range(len(scores)), last[:, 0], operator.eq).to(values.device)
+        for row in (ties > (values == last).sum(1)).nonzero().flatten().tolist():
             above = columns[row][values[row] > last[row]]
             equal = (scores[row] == last[row]).nonzero().flatten()[: k - len(above)]
             columns[row] = torch.cat([above, equal])
@@ -151,14 +154,23 @@ def _ranks_of(scores: torch.Tensor, truths: Sequence[Sequence[int]]) -> torch.Te
     if (own == -torch.inf).any():
         raise ValueError("a truth is among its query's excluded images")
     ranks = torch.zeros_like(columns)
-    for t in range(columns.shape[1]):
-        rows = present[:, t].nonzero().flatten()
-        score = own[rows, t, None]
-        ranks[rows, t] = (scores[rows] >= score).sum(1)  # itself included, so 1 is the best
-        # Of truths that score the same, one given earlier stands behind one given later: the target, given first,
-        # is behind everything of its score.
-        ranks[rows, t] -= (own[rows, :t] == score).sum(1)
-    return ranks
+    rows, places = present.nonzero(as_tuple=True)
+    # Itself included, so that 1 is the best.
+    ranks[rows, places] = _count(scores, rows.tolist(), own[rows, places], operator.ge).to(ranks.device)
+    # Of truths that score the same, one given earlier stands behind one given later: the target, given first, is
+    # behind everything of its score.
+    same = (own[:, :, None] == own[:, None, :]).tril(diagonal=-1) & present[:, :, None]
+    return ranks - same.sum(2)
+
+
+def _count(scores: torch.Tensor, rows: Sequence[int], values: torch.Tensor, compare: Callable) -> torch.Tensor:
+    """For each of `rows`, how many scores of that row of [B, N] compare so with its value; `values` [len(rows)]."""
+    if scores.device.type == "cpu":
+        # NumPy counts fifteen times faster than torch sums booleans.
+        matrix, bounds = scores.detach().numpy(), values.detach().numpy()
+        counts = [np.count_nonzero(compare(matrix[row], bound)) for row, bound in zip(rows, bounds, strict=True)]
+        return torch.tensor(counts, dtype=torch.long)
+    return torch.stack([compare(scores[row], value).sum() for row, value in zip(rows, values, strict=True)])
 
 
 def _padded(rows: Sequence[Sequence[int]], filler: int) -> torch.Tensor:
