@@ -1,0 +1,109 @@
+"""One model on all benchmarks: one table, beside the published numbers.
+
+    python eval/run_all.py --model_name_or_path runs/stage2 --data_dir DATA --output_dir runs/all
+
+DATA holds a folder for each benchmark (CIRR, FashionIQ, CIRCO, GeneCIS; docs/benchmarks.md). Writes each benchmark's
+own files into a folder of its name, and results.json and table.md beside them. The truths of CIRR's and CIRCO's test
+splits are with their servers: the table has val figures, and `--split test` writes the submissions for them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from circo import CIRCO
+from cirr import CIRR
+from fashioniq import FASHIONIQ
+from genecis import GENECIS
+from harness import Benchmark, add_common_arguments, check_data, load_model, parse_arguments, require_outputs, run
+
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (CIRR, CIRCO, FASHIONIQ, GENECIS)}
+FOLDERS = {
+    "cirr": ("CIRR", "cirr"),
+    "circo": ("CIRCO", "circo"),
+    "fashioniq": ("FashionIQ", "fashion-iq", "fashioniq"),
+    "genecis": ("GeneCIS", "genecis"),
+}
+COLUMNS = {
+    "cirr_recall_at_1": "CIRR R@1",
+    "circo_map_at_5": "CIRCO mAP@5",
+    "fashioniq_recall_at_10": "FashionIQ R@10",
+    "genecis_recall_at_1": "GeneCIS R@1",
+}
+
+
+def arguments_of(benchmark: Benchmark, args: argparse.Namespace) -> argparse.Namespace:
+    """The benchmark's own arguments: its switches at their defaults, and what all have in common."""
+    folders = [args.data_dir / name for name in FOLDERS[benchmark.name]]
+    own = parse_arguments(benchmark, ["--data_dir", str(args.data_dir), "--check_data"])
+    for name, value in vars(args).items():
+        if name not in ("benchmarks", "split"):
+            setattr(own, name, value)
+    own.data_dir = next((folder for folder in folders if folder.is_dir()), args.data_dir)
+    own.split = args.split if benchmark.submissions is not None else "val"
+    if args.output_dir is not None:
+        own.output_dir = args.output_dir / benchmark.name
+    return own
+
+
+def load_all(args: argparse.Namespace) -> dict[str, tuple]:
+    """Arguments and splits of every benchmark asked for, or one error that names what all of them miss."""
+    loaded, problems = {}, []
+    for name in args.benchmarks:
+        own = arguments_of(BENCHMARKS[name], args)
+        try:
+            loaded[name] = own, BENCHMARKS[name].load(own)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ValueError("\n".join([*problems, "or leave these out: --benchmarks " + " ".join(loaded)]))
+    return loaded
+
+
+def published() -> dict:
+    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+
+
+def table(results: dict[str, dict], model: str, method: str) -> str:
+    """Markdown: this model's figures, then the published ones, in percent."""
+    flat = {name: value for several in results.values() for name, value in several.items()}
+    known = published()
+    lines = ["| method | " + " | ".join(COLUMNS.values()) + " | source |", "|---" * (len(COLUMNS) + 2) + "|"]
+    own = [f"{100 * flat[name]:.2f}" if name in flat else "" for name in COLUMNS]
+    lines.append(f"| **{model}** ({method}) | " + " | ".join(own) + " | this run, val splits |")
+    for row in known["rows"]:
+        cells = [f"{row[name]:.2f}" if name in row else "" for name in COLUMNS]
+        lines.append(f"| {row['method']} | " + " | ".join(cells) + f" | {row['source']} |")
+    lines += ["", f"Published rows: {known['setting']}. Val and test figures of CIRR and CIRCO cannot be compared."]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--split", default="val", choices=["val", "test"], help="test: CIRR's and CIRCO's submissions")
+    parser.add_argument("--benchmarks", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    args = parser.parse_args(arguments)
+    require_outputs(parser, args)
+    try:
+        loaded = load_all(args)
+        if args.check_data:
+            for name, (own, _) in loaded.items():
+                check_data(BENCHMARKS[name], own)
+            return
+        model = load_model(args)
+        results = {name: run(BENCHMARKS[name], splits, *model, own) for name, (own, splits) in loaded.items()}
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    text = table(results, args.model_name_or_path, args.method)
+    (args.output_dir / "table.md").write_text(text + "\n", encoding="utf-8")
+    summary = {"results": results, "published": published()}
+    (args.output_dir / "results.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+    sys.stdout.write(f"{text}\n\nwritten to {args.output_dir}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+import json
+import shutil
+
+import pytest
+import run_all
+from test_circo import folder as circo_folder  # noqa: F401
+from test_cirr import folder as cirr_folder  # noqa: F401
+from test_fashioniq import folder as fashioniq_folder  # noqa: F401
+from test_genecis import folder as genecis_folder  # noqa: F401
+
+
+@pytest.fixture
+def data(tmp_path, cirr_folder, circo_folder, fashioniq_folder, genecis_folder):  # noqa: F811
+    return tmp_path
+
+
+def run(data, model_dir, *flags):
+    common = ["--model_name_or_path", model_dir, "--data_dir", data, "--cache_dir", data / "cache"]
+    run_all.main(list(map(str, [*common, "--output_dir", data / "out", *flags])))
+
+
+def test_one_command_gives_one_table(data, model_dir, capsys):
+    run(data, model_dir)
+    summary = json.loads((data / "out/results.json").read_text("utf-8"))
+    text = (data / "out/table.md").read_text("utf-8")
+    assert text in capsys.readouterr().out + "\n"
+    for name, benchmark in run_all.BENCHMARKS.items():
+        own = json.loads((data / f"out/{name}/results.json").read_text("utf-8"))
+        assert summary["results"][name] == own
+        assert f"{100 * own[benchmark.primary_metric]:.2f}" in text.splitlines()[2]
+    assert "| LinCIR, public checkpoint | 25.40 | 12.75 | 26.10 |" in text
+    assert all(row["source"] for row in summary["published"]["rows"])
+
+
+def test_a_test_run_writes_the_submissions(data, model_dir):
+    run(data, model_dir, "--split", "test", "--benchmarks", "cirr", "circo", "fashioniq")
+    written = {str(path.relative_to(data / "out")) for path in (data / "out").rglob("*submission*")}
+    assert written == {
+        "cirr/recall_submission.json",
+        "cirr/recall_subset_submission.json",
+        "circo/submission.json",
+    }
+
+
+def test_all_that_is_missing_is_named_at_once(data, model_dir):
+    shutil.rmtree(data / "CIRCO")
+    (data / "GeneCIS/genecis/focus_object.json").unlink()
+    message = r"(?s)circo: .* not found.*genecis: .*focus_object not found.*--benchmarks cirr"
+    with pytest.raises(SystemExit, match=message):
+        run(data, model_dir)
+    assert not (data / "out").exists()
+    run(data, model_dir, "--benchmarks", "fashioniq")
+    assert "FashionIQ R@10" in (data / "out/table.md").read_text("utf-8")
+
+
+def test_data_is_checked_without_a_model(data, capsys):
+    run_all.main(["--data_dir", str(data), "--check_data"])
+    printed = capsys.readouterr().out
+    assert "genecis focus_object val: 2 queries (published: 1960)" in printed and "cirr val: 3 queries" in printed
