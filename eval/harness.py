@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -10,18 +11,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from embedding_cache import DEFAULT_FOLDER, cache_key, cached, is_cached, preprocessing_of
 from results import counts, describe_data, describe_model, table, versions, write_rankings
 from splits import Ranked, Split, without_pictures
 from transformers import AutoConfig
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_queries, embed_texts
+from modeling_tscir.feature_cache import cached, feature_key, file_fingerprints, is_cached, preprocessing_of
 from modeling_tscir.images import find_bad_images, handle_bad_images
 from modeling_tscir.modeling_tscir import slerp
 from modeling_tscir.ranking import Ranking, rank_candidates, rank_gallery
 
 
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tscir"
 METHODS = ("tscir", "image", "text", "sum", "slerp")
 PADDING = {"model": "as the model's processor says", "clip": None, "squarepad": 1.0, "targetpad": 1.25}
 TOP_K = 50
@@ -81,7 +83,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_FOLDER, help="of gallery embeddings")
+    parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="of gallery embeddings")
     parser.add_argument(
         "--check_data", action="store_true", help="only read annotations and pictures, and say what is missing"
     )
@@ -125,13 +127,17 @@ def load_model(args: argparse.Namespace) -> tuple[TSCIRModel, TSCIRProcessor]:
     return model.to(args.device).eval(), processor
 
 
+def picture_key(model: TSCIRModel, processor: TSCIRProcessor, split: Split) -> str:
+    return feature_key(model, processor, file_fingerprints(split.files))
+
+
 def embed_pictures(model: TSCIRModel, processor: TSCIRProcessor, split: Split, args) -> torch.Tensor:
     """Every picture's embedding [N, D], L2-normalised, from the cache where it is there."""
 
     def compute() -> torch.Tensor:
         return embed_images(model, processor, split.sources, args.batch_size, progress="pictures")
 
-    return cached(args.cache_dir, cache_key(model, processor, split.files), compute)
+    return cached(args.cache_dir, picture_key(model, processor, split), compute)
 
 
 def readable(splits: dict[str, Split], keys: dict[str, str], args) -> tuple[dict[str, Split], list[str]]:
@@ -229,7 +235,7 @@ def run(
     benchmark: Benchmark, splits: dict[str, Split], model: TSCIRModel, processor: TSCIRProcessor, args
 ) -> dict[str, object]:
     """Evaluate loaded splits, write results.json, rankings.parquet and submissions, and return the results."""
-    keys = {category: cache_key(model, processor, split.files) for category, split in splits.items()}
+    keys = {category: picture_key(model, processor, split) for category, split in splits.items()}
     splits, skipped = readable(splits, keys, args)
     ranked = {}
     for category, split in splits.items():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from embedding_cache import digest
 from splits import Ranked, Split
 
 from modeling_tscir import TSCIRModel, __version__
+from modeling_tscir.feature_cache import digest
 from modeling_tscir.ranking import Ranking
 
 

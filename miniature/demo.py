@@ -37,8 +37,10 @@ def launch(stage: int, output: Path, model: Path, world: Path, seed: int, *flags
 
 def train_all(output: Path, world: Path, seed: int, short: bool) -> None:
     few = ["--max_steps", "12", "--dataset_train_split", "train[:1024]"] if short else []
-    launch(1, output / "mlp", CLIP, world, seed, "--num_injection_blocks", "0", "--soft_alignment_weight", "0", *few)
-    launch(1, output / "stage1", CLIP, world, seed, *few)
+    cache = ["--feature_cache_dir", str(output / "cache")]
+    plain = ["--num_injection_blocks", "0", "--soft_alignment_weight", "0"]
+    launch(1, output / "stage1", CLIP, world, seed, *few, *cache)
+    launch(1, output / "mlp", CLIP, world, seed, *few, *cache, *plain)
     launch(2, output / "stage2", output / "stage1", world, seed, *few)
 
 

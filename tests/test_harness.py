@@ -3,7 +3,6 @@
 import json
 
 import circo
-import embedding_cache
 import harness
 import pytest
 import torch
@@ -13,6 +12,7 @@ from PIL import Image
 from test_circo import folder as folder  # noqa: PLC0414  (a fixture)
 
 from modeling_tscir import TSCIRProcessor
+from modeling_tscir.feature_cache import cached
 from modeling_tscir.images import pad_to_aspect_ratio
 
 
@@ -57,10 +57,10 @@ def test_a_cache_that_cannot_be_read_is_made_again(tmp_path):
     for content in (None, b"", b"half of a fi"):
         if content is not None:
             (tmp_path / "key.safetensors").write_bytes(content)
-        assert torch.equal(embedding_cache.cached(tmp_path, "key", lambda: tensor), tensor)
-    assert torch.equal(embedding_cache.cached(tmp_path, "key", lambda: 1 / 0), tensor)
+        assert torch.equal(cached(tmp_path, "key", lambda: tensor), tensor)
+    assert torch.equal(cached(tmp_path, "key", lambda: 1 / 0), tensor)
     with pytest.raises(ZeroDivisionError):
-        embedding_cache.cached(tmp_path, "other", lambda: 1 / 0)
+        cached(tmp_path, "other", lambda: 1 / 0)
     assert [path.name for path in tmp_path.iterdir()] == ["key.safetensors"]
 
 

@@ -46,6 +46,27 @@ def data(tmp_path_factory) -> Path:
     return root
 
 
+def test_frozen_features_are_shared_between_runs(launch, clip_dir, tmp_path, monkeypatch):
+    embedded = []
+    for name in ("embed_images", "embed_images_with_patches", "embed_texts"):
+        function = getattr(stage1_script, name)
+        monkeypatch.setattr(
+            stage1_script,
+            name,
+            lambda *args, function=function, name=name, **kwargs: embedded.append(name) or function(*args, **kwargs),
+        )
+    plain = ["--num_injection_blocks", 0, "--soft_alignment_weight", 0, "--max_steps", 3]
+    cache = ["--feature_cache_dir", tmp_path / "cache"]
+    launch(stage1_script, clip_dir, tmp_path / "alone", *plain)
+    assert embedded == ["embed_images", "embed_texts"]
+    launch(stage1_script, clip_dir, tmp_path / "full", "--max_steps", 1, *cache)
+    assert embedded[2:] == ["embed_images_with_patches", "embed_texts"]
+    launch(stage1_script, clip_dir, tmp_path / "shared", *plain, *cache)
+    assert len(embedded) == 4
+    alone, shared = (load_file(tmp_path / name / "tscir_delta.safetensors") for name in ("alone", "shared"))
+    assert all(torch.equal(alone[key], shared[key]) for key in alone)
+
+
 @pytest.fixture
 def launch(monkeypatch, data):
     """Run a stage's script in this process."""

@@ -23,6 +23,7 @@ from torch import nn
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_texts
+from modeling_tscir.feature_cache import cached, feature_key
 from modeling_tscir.losses import info_nce_loss, soft_alignment_loss
 
 
@@ -68,9 +69,20 @@ class Stage1Data(torch.utils.data.Dataset):
             self.image_embeds, self.patch_states = embed_images_with_patches(
                 model, processor, self.images, data.feature_batch_size, progress="images"
             )
-        else:
-            self.image_embeds = embed_images(model, processor, self.images, data.feature_batch_size, progress="images")
-        self.caption_embeds = embed_texts(model, processor, list(rows[args.caption_column]), progress="captions")
+
+        def image_embeds() -> torch.Tensor:
+            if self.patch_states is not None:
+                return self.image_embeds
+            return embed_images(model, processor, self.images, data.feature_batch_size, progress="images")
+
+        def caption_embeds() -> torch.Tensor:
+            return embed_texts(model, processor, list(rows[args.caption_column]), progress="captions")
+
+        # The fingerprint of datasets changes with the files and with everything done to the rows.
+        content = [rows._fingerprint, len(rows)]
+        keys = [feature_key(model, processor, [*content, c]) for c in (args.image_column, args.caption_column)]
+        self.image_embeds = cached(data.feature_cache_dir, keys[0], image_embeds)
+        self.caption_embeds = cached(data.feature_cache_dir, keys[1], caption_embeds)
 
     def __len__(self) -> int:
         return len(self.image_embeds)

@@ -1,0 +1,84 @@
+"""Frozen features on disk, computed once for a backbone, its preprocessing and the pictures or texts they are of."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from .backbone import backbone_fingerprint
+
+
+logger = logging.get_logger(__name__)
+# The first number is raised whenever this package decodes or embeds pictures or texts otherwise than before.
+MADE_BY = (1, transformers.__version__)
+
+
+def digest(content) -> str:
+    """Thirty-two hexadecimal digits that tell JSON-like content from any other."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def preprocessing_of(processor) -> dict:
+    """Everything of a processor that decides what the vision tower sees."""
+    settings = processor.image_processor.to_dict()
+    kept = {k: v for k, v in settings.items() if k not in ("auto_map", "image_processor_type", "processor_class")}
+    return {"padded_aspect_ratio": processor.padded_aspect_ratio, **kept}
+
+
+def feature_key(model, processor, content: Sequence) -> str:
+    """Fingerprint of backbone, precision, preprocessing, version of this code, and what the features are of.
+
+    Mapper and composing adapters do not count: they never touch frozen features.
+
+    Args:
+        content: JSON-like, such as `file_fingerprints` of pictures, or texts.
+    """
+    backbone = model.config.backbone_fingerprint or backbone_fingerprint(model.clip)
+    return digest([backbone, str(model.dtype), preprocessing_of(processor), *MADE_BY, content])
+
+
+def file_fingerprints(files: Sequence[tuple]) -> list[list]:
+    """Path, size and time of change of each file, and what else is given with it (a box that is cut out)."""
+    found = []
+    for path, *rest in files:
+        status = os.stat(path)
+        found.append([os.path.abspath(path), status.st_size, status.st_mtime_ns, *rest])
+    return found
+
+
+def is_cached(folder: str | os.PathLike, key: str) -> bool:
+    return _path(folder, key).is_file()
+
+
+def cached(folder: str | os.PathLike | None, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """The tensor kept under `key`, computed and kept if it is not there or cannot be read; no folder, no cache."""
+    if folder is None:
+        return compute()
+    path = _path(folder, key)
+    if path.is_file():
+        try:
+            return load_file(path)["features"]
+        except (SafetensorError, KeyError, OSError) as error:
+            logger.warning(f"{path} cannot be read ({error}); computing it again")
+    features = compute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        pass
+    try:
+        save_file({"features": features.contiguous()}, part.name)
+        os.replace(part.name, path)  # never half a file under its name
+    finally:
+        Path(part.name).unlink(missing_ok=True)
+    return features
+
+
+def _path(folder: str | os.PathLike, key: str) -> Path:
+    return Path(folder) / f"{key}.safetensors"
