@@ -226,7 +226,7 @@ def main(benchmark: Benchmark) -> None:
             return
         splits = benchmark.load(args)
         results = run(benchmark, splits, *load_model(args), args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(table(results) + f"\n\nwritten to {args.output_dir}\n")
 

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         model = load_model(args)
         results = {name: run(BENCHMARKS[name], splits, *model, own) for name, (own, splits) in loaded.items()}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     text = table(results, args.model_name_or_path, args.method)
     (args.output_dir / "table.md").write_text(text + "\n", encoding="utf-8")
