@@ -154,6 +154,9 @@ def readable(splits: dict[str, Split], keys: dict[str, str], args) -> tuple[dict
     handle_bad_images([one for several in bad.values() for one in several], total, args.on_bad_image)
     lost = {category: {name for name, _ in several} for category, several in bad.items() if several}
     smaller = {c: without_pictures(s, lost[c]) if c in lost else s for c, s in splits.items()}
+    if empty := [category for category, split in smaller.items() if not split.query_ids]:
+        names = " ".join(filter(None, empty)) or "this split"
+        raise ValueError(f"every query of {names} needs a picture that cannot be read")
     return smaller, sorted(name for names in lost.values() for name in names)
 
 
