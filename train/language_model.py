@@ -1,0 +1,186 @@
+"""Modification texts written by a language model: any OpenAI-compatible endpoint, or a chat model of `transformers`.
+
+Answers are kept as they come, one JSON line each, so that a run that was stopped goes on where it was and pays nothing
+twice. Attempts are bounded; what stays unusable is counted by reason, never replaced.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+
+PROMPT = """Two pictures are described by these captions.
+First: {reference}
+Second: {target}
+Somebody looks at the first picture and wants the second. Write what they would ask for: one short sentence that says \
+what to change, without describing what stays the same, and without the words "picture", "image" or "caption".
+Answer with JSON alone: {{"modification": "..."}}"""
+MAX_WORDS = 40
+
+
+class UnusableAnswer(ValueError):
+    """The model answered, but not with a modification."""
+
+
+class EndpointError(RuntimeError):
+    """The endpoint gave no answer. `.wait` is how many seconds it asks to be left alone, where it says so."""
+
+    def __init__(self, message: str, wait: float | None = None, permanent: bool = False):
+        super().__init__(message)
+        self.wait, self.permanent = wait, permanent
+
+
+def parse_modification(answer: str) -> str:
+    """The modification in a model's answer: a JSON object, possibly fenced or with words around it.
+
+    Raises:
+        UnusableAnswer: saying what is wrong: no JSON, no text, or one of more than forty words.
+    """
+    match = re.search(r"\{.*?\}", answer, re.DOTALL)
+    try:
+        text = json.loads(match.group(0))["modification"] if match else None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UnusableAnswer("no JSON with a modification")
+    text = " ".join(text.split())
+    if not text:
+        raise UnusableAnswer("empty")
+    if len(text.split()) > MAX_WORDS:
+        raise UnusableAnswer(f"more than {MAX_WORDS} words")
+    return text
+
+
+class Endpoint:
+    """An OpenAI-compatible chat endpoint.
+
+    Args:
+        url: up to `/v1`; `/chat/completions` is added.
+        model: its name there.
+        api_key: sent as a bearer token.
+        timeout: seconds for an answer.
+    """
+
+    def __init__(self, url: str, model: str, api_key: str | None = None, timeout: float = 60.0, temperature=0.7):
+        self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
+        self.api_key, self.timeout, self.temperature = api_key, timeout, temperature
+
+    def __call__(self, prompt: str) -> tuple[str, dict]:
+        """The answer's text, and the tokens it took. Raises `EndpointError`."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": self.temperature,
+            "max_tokens": 120,
+        }
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                content = json.loads(response.read())
+            return content["choices"][0]["message"]["content"] or "", content.get("usage") or {}
+        except urllib.error.HTTPError as error:
+            wait = error.headers.get("Retry-After", "")
+            wait = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
+            permanent = error.code not in (408, 409, 429) and error.code < 500
+            raise EndpointError(f"HTTP {error.code}", wait, permanent) from error
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise EndpointError(f"no connection or timeout ({error})") from error
+        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+            raise EndpointError("an answer that is no chat completion") from error
+
+
+class ChatModel:
+    """A chat model of `transformers`, run here. Raises what loading it raises."""
+
+    def __init__(self, name: str, temperature: float = 0.7):
+        from transformers import pipeline
+
+        self.model, self.temperature = name, temperature
+        self.generate = pipeline("text-generation", model=name)
+
+    def __call__(self, prompt: str) -> tuple[str, dict]:
+        messages = [{"role": "user", "content": prompt}]
+        output = self.generate(messages, max_new_tokens=120, do_sample=True, temperature=self.temperature)
+        answer = output[0]["generated_text"][-1]["content"]
+        tokenizer = self.generate.tokenizer
+        return answer, {
+            "prompt_tokens": len(tokenizer(prompt).input_ids),
+            "completion_tokens": len(tokenizer(answer).input_ids),
+        }
+
+
+class Writer:
+    """Asks a language model for modifications, within bounds, and remembers every answer.
+
+    Args:
+        ask: an [`Endpoint`], a [`ChatModel`], or any function from a prompt to (text, usage) with a `.model` name.
+        cache: file of JSON lines.
+        attempts: at most this many requests a pair.
+        first_wait: seconds before the second attempt, doubled for each further one, unless the endpoint says how long.
+        max_wait: never wait longer.
+    """
+
+    def __init__(self, ask: Callable, cache: Path, attempts: int = 4, first_wait: float = 1.0, max_wait: float = 60.0):
+        self.ask, self.cache = ask, Path(cache)
+        self.attempts, self.first_wait, self.max_wait = attempts, first_wait, max_wait
+        self.known: dict[str, str] = {}
+        self.report: Counter = Counter()
+        if self.cache.is_file():
+            for line in self.cache.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    self.known[row["key"]] = row["modification"]
+                except (json.JSONDecodeError, KeyError):
+                    self.report["half-written lines of the cache"] += 1  # the run was stopped as it wrote
+
+    def key(self, prompt: str) -> str:
+        return hashlib.sha256(f"{self.ask.model}\n{prompt}".encode()).hexdigest()[:32]
+
+    def write(self, pairs: Iterable[tuple[str, str]], workers: int = 8) -> Iterator[str | None]:
+        """A modification for each (reference caption, target caption), in order; None where none could be had."""
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        pairs = iter(pairs)
+        with self.cache.open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
+            # A little at a time, so that a run that is stopped does not wait for all that it had queued.
+            while ahead := list(itertools.islice(pairs, 4 * workers)):
+                for key, text, counts in pool.map(self._one, ahead):
+                    self.report.update(counts)
+                    if counts["written"]:
+                        file.write(json.dumps({"key": key, "modification": text}) + "\n")
+                        file.flush()
+                    yield text
+
+    def _one(self, pair: tuple[str, str]) -> tuple[str, str | None, Counter]:
+        """The pair's key, its modification or None, and what it took: tokens, and problems by name."""
+        prompt = PROMPT.format(reference=pair[0], target=pair[1])
+        key, counts = self.key(prompt), Counter()
+        if key in self.known:
+            return key, self.known[key], Counter({"from cache": 1})
+        for attempt in range(self.attempts):
+            wait = self.first_wait * 2**attempt
+            try:
+                answer, tokens = self.ask(prompt)
+                counts.update({k: int(tokens.get(k, 0)) for k in ("prompt_tokens", "completion_tokens")})
+                text = parse_modification(answer)
+                return key, text, counts + Counter({"written": 1})
+            except UnusableAnswer as error:
+                counts[f"unusable answer: {error}"] += 1
+                wait = 0.0  # asking again at once may well help
+            except EndpointError as error:
+                counts[str(error)] += 1
+                if error.permanent:
+                    break
+                wait = error.wait if error.wait is not None else wait
+            if attempt + 1 < self.attempts:
+                time.sleep(min(wait, self.max_wait))
+        return key, None, counts + Counter({"given up": 1})

@@ -1,0 +1,255 @@
+"""Triplets from captioned images, for stage II.
+
+    python train/synthesize.py --dataset_name user/captions --output_dir runs/triplets --num_triplets 100000
+    accelerate launch train/stage2.py --model_name_or_path runs/stage1 --dataset_name runs/triplets ...
+
+Pictures whose captions say nearly the same are paired, and the modification says in what they differ. Low quality: by
+template, from the captions' words alone, at thousands a second. High quality: written by a language model,
+
+    --quality high --language_model NAME --endpoint http://localhost:8000/v1     (any OpenAI-compatible server)
+    --quality high --language_model FOLDER_OR_HUB_NAME                           (a chat model of transformers)
+
+Columns: reference, modification, target, source, quality, reference_id, target_id, kind and both captions. Without an
+image column in the data, reference and target hold `--id_column`'s values: a text-only set.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from caption_pairs import Change, changes_between, diversity, near_captions, words_of
+from datasets import Dataset, Features, Value, load_dataset
+from datasets import Image as ImageFeature
+from language_model import ChatModel, Endpoint, Writer
+from tqdm.auto import tqdm
+
+from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir.embedding import embed_images, embed_texts
+from modeling_tscir.images import find_bad_images, handle_bad_images
+
+
+# Words that by themselves change nothing that can be seen.
+ARTICLES = frozenset({"a", "an", "the", "some"})
+FUNCTION_WORDS = ARTICLES | {
+    "and", "are", "at", "be", "by", "her", "his", "in", "is", "it", "its", "of", "on", "that", "their", "there",
+    "these", "this", "those", "to", "with",
+}  # fmt: skip
+TEMPLATES = {
+    "replace": ("{added} instead of {removed}", "replace {removed} with {added}", "not {removed} but {added}",
+                "change {removed} to {added}"),
+    "add": ("add {added}", "with {added}", "there is also {added}", "put in {added}"),
+    "remove": ("without {removed}", "remove {removed}", "no {removed}", "take away {removed}"),
+    "caption": ("{caption}", "it shows {caption}", "show {caption}"),
+}  # fmt: skip
+
+
+def template_modification(
+    reference: Sequence[str], target: Sequence[str], rng: random.Random, max_changes: int = 2
+) -> tuple[str, str]:
+    """A modification from two captions' words, and its kind.
+
+    Up to `max_changes` phrases that differ are told as edits, "{added} instead of {removed}"; pictures that differ in
+    more are told by the target's caption.
+    """
+    changes = [change for change in map(trimmed, changes_between(reference, target)) if any(change)]
+    if not changes or len(changes) > max_changes:
+        return rng.choice(TEMPLATES["caption"]).format(caption=" ".join(target)), "caption"
+    parts = [rng.choice(TEMPLATES[c.kind]).format(removed=c[0], added=c[1]) for c in changes]
+    return " and ".join(parts), "+".join(sorted(c.kind for c in changes))
+
+
+def trimmed(change: Change) -> Change:
+    """A change without the function words at the ends of its phrases."""
+    phrases = []
+    for phrase in change:
+        words = phrase.split()
+        while words and words[0] in FUNCTION_WORDS and (len(words) == 1 or words[0] not in ARTICLES):
+            words.pop(0)
+        while words and words[-1] in FUNCTION_WORDS:
+            words.pop()
+        phrases.append(" ".join(words))
+    return Change(phrases)
+
+
+def select_pairs(args: argparse.Namespace, captions: list[list[str]], ids: list) -> list[tuple[int, int]]:
+    """(reference row, target row), nearest captions first for every reference, spread evenly over references."""
+    per_reference = -(-2 * args.num_triplets // max(1, len(captions)))  # twice as many as wanted, as filters drop some
+    near = near_captions(captions, ids, max(1, per_reference), args.min_similarity, args.max_similarity)
+    lists = list(tqdm(near, total=len(captions), desc="nearest captions", unit="caption", mininterval=2))
+    pairs = []
+    for depth in range(max(map(len, lists), default=0)):
+        pairs += [(i, found[depth]) for i, found in enumerate(lists) if len(found) > depth]
+    return pairs
+
+
+def clip_filters(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Every row's image embedding [n, D] and its caption's fit to it [n], where a CLIP is given."""
+    if args.model_name_or_path is None:
+        return None
+    model = TSCIRModel.from_clip_pretrained(args.model_name_or_path).to(args.device)
+    processor = TSCIRProcessor.from_clip_pretrained(args.model_name_or_path)
+    images = embed_images(model, processor, rows[args.image_column], progress="images")
+    texts = embed_texts(model, processor, list(rows[args.caption_column]), progress="captions")
+    return images, (images * texts).sum(-1)
+
+
+def read_rows(args: argparse.Namespace) -> tuple[Dataset, list]:
+    """The captioned rows and each one's picture id."""
+    options = {"field": args.json_field} if args.json_field else {}
+    files = {"data_files": args.data_files} if args.data_files else {}
+    rows = load_dataset(args.dataset_name, split=args.dataset_train_split, **files, **options)
+    if args.caption_column not in rows.column_names:
+        raise ValueError(f"{args.dataset_name} lacks column {args.caption_column!r}; it has {rows.column_names}")
+    has_images = args.image_column in rows.column_names
+    if has_images:
+        rows = rows.cast_column(args.image_column, ImageFeature(decode=False))
+        handle_bad_images(
+            find_bad_images(rows[args.image_column], [f"row {i}" for i in range(len(rows))]), len(rows), "error"
+        )
+    if args.id_column in rows.column_names:
+        return rows, list(rows[args.id_column])
+    if not has_images:
+        raise ValueError(f"{args.dataset_name} has neither pictures ({args.image_column!r}) nor {args.id_column!r}")
+    return rows, list(range(len(rows)))
+
+
+def write_modifications(
+    pairs: list[tuple[int, int]], captions: list[list[str]], texts: list[str], args: argparse.Namespace
+) -> tuple[list[tuple[str | None, str]], dict]:
+    """(modification, kind) of every pair, and a report of what the writing took."""
+    rng = random.Random(args.seed)
+    if args.quality == "low":
+        return [template_modification(captions[i], captions[j], rng) for i, j in pairs], {}
+    if args.endpoint:
+        ask = Endpoint(args.endpoint, args.language_model, os.environ.get("OPENAI_API_KEY"), args.timeout)
+    else:
+        ask = ChatModel(args.language_model)
+    writer = Writer(ask, args.output_dir / "answers.jsonl", args.attempts)
+    written = writer.write([(texts[i], texts[j]) for i, j in pairs], args.workers if args.endpoint else 1)
+    found = list(tqdm(written, total=len(pairs), desc=args.language_model, unit="text"))
+    report = dict(writer.report)
+    tokens = [report.get(f"{kind}_tokens", 0) for kind in ("prompt", "completion")]
+    report["cost"] = (tokens[0] * args.prompt_price + tokens[1] * args.completion_price) / 1e6
+    return [(text, "written") for text in found], report
+
+
+def synthesize(args: argparse.Namespace) -> dict:
+    """Write the triplets and their card; gives the report that is in it."""
+    rows, ids = read_rows(args)
+    texts = [str(text) for text in rows[args.caption_column]]
+    captions = [words_of(text) for text in texts]
+    pairs = select_pairs(args, captions, ids)
+    dropped: dict[str, int] = {}
+    if (fit := clip_filters(rows, args)) is not None:
+        images, fits = fit
+        wanted = [(i, j) for i, j in pairs if min(fits[i], fits[j]) >= args.min_caption_fit]
+        dropped["caption does not fit its picture"] = len(pairs) - len(wanted)
+        pairs = [(i, j) for i, j in wanted if float(images[i] @ images[j]) <= args.max_image_similarity]
+        dropped["pictures nearly identical"] = len(wanted) - len(pairs)
+    if args.quality == "high":
+        pairs = pairs[: args.num_triplets]
+    modifications, writing = write_modifications(pairs, captions, texts, args)
+    kept, seen = [], set()
+    for (i, j), (text, kind) in zip(pairs, modifications, strict=True):
+        if text is None:
+            dropped["no usable text"] = dropped.get("no usable text", 0) + 1
+        elif (ids[i], text) in seen:
+            dropped["the same reference and text"] = dropped.get("the same reference and text", 0) + 1
+        elif len(kept) < args.num_triplets:
+            seen.add((ids[i], text))
+            kept.append((i, j, text, kind))
+    if not kept:
+        raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}. Lower --min_similarity")
+    report = {"quality": args.quality, "pairs": len(pairs), "dropped": dropped, "writing": writing}
+    report |= diversity([text for *_, text, _ in kept], [kind for *_, kind in kept])
+    write_triplets(rows, ids, texts, kept, args)
+    write_card(args, report)
+    return report
+
+
+def write_triplets(rows: Dataset, ids: list, texts: list[str], kept: list[tuple], args: argparse.Namespace) -> None:
+    has_images = args.image_column in rows.column_names
+    pictures = rows[args.image_column] if has_images else ids
+    columns = {
+        "reference": [pictures[i] if has_images else str(pictures[i]) for i, *_ in kept],
+        "modification": [text for *_, text, _ in kept],
+        "target": [pictures[j] if has_images else str(pictures[j]) for _, j, *_ in kept],
+        "source": [args.dataset_name] * len(kept),
+        "quality": [args.quality] * len(kept),
+        "reference_id": [str(ids[i]) for i, *_ in kept],
+        "target_id": [str(ids[j]) for _, j, *_ in kept],
+        "kind": [kind for *_, kind in kept],
+        "reference_caption": [texts[i] for i, *_ in kept],
+        "target_caption": [texts[j] for _, j, *_ in kept],
+    }
+    image = {name: ImageFeature() for name in ("reference", "target")} if has_images else {}
+    features = Features({name: image.get(name, Value("string")) for name in columns})
+    folder = args.output_dir / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict(columns, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+
+
+def write_card(args: argparse.Namespace, report: dict) -> None:
+    header = "---\ntask_categories:\n- image-feature-extraction\ntags:\n- composed-image-retrieval\n- synthetic\n---\n"
+    way = (
+        "by template from the words in which the captions differ"
+        if args.quality == "low"
+        else f"by the language model {args.language_model}"
+    )
+    text = f"""{header}
+# Triplets from {args.dataset_name}
+
+{report["triplets"]} triplets of a reference, a modification text and a target, made by TSCIR's `train/synthesize.py`.
+Pictures with near captions (cosine {args.min_similarity} to {args.max_similarity}) are paired; modifications are
+written {way}. Pictures and captions keep the licence of their source.
+
+```json
+{json.dumps(report, indent=2)}
+```
+"""
+    (args.output_dir / "README.md").write_text(text, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", required=True, help="captioned images: anything that `datasets` loads")
+    parser.add_argument("--data_files", help="for a format's name, such as --dataset_name json --data_files x.json")
+    parser.add_argument("--json_field", help="where the records are in a JSON file")
+    parser.add_argument("--dataset_train_split", default="train")
+    parser.add_argument("--image_column", default="image")
+    parser.add_argument("--caption_column", default="caption")
+    parser.add_argument("--id_column", default="image_id", help="equal for captions of one picture; optional")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_triplets", type=int, default=100_000)
+    parser.add_argument("--quality", default="low", choices=["low", "high"])
+    parser.add_argument("--min_similarity", type=float, default=0.3, help="of captions, by their words")
+    parser.add_argument("--max_similarity", type=float, default=0.95)
+    parser.add_argument("--model_name_or_path", help="a CLIP for the two filters below; without it they are off")
+    parser.add_argument("--min_caption_fit", type=float, default=0.15, help="cosine of picture and its caption")
+    parser.add_argument("--max_image_similarity", type=float, default=0.97, help="cosine of reference and target")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--language_model", help="of high quality: a name at the endpoint, or a transformers model")
+    parser.add_argument("--endpoint", help="http://host:port/v1; the key is read from OPENAI_API_KEY")
+    parser.add_argument("--attempts", type=int, default=4, help="requests a pair at most")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer")
+    parser.add_argument("--workers", type=int, default=8, help="requests at a time")
+    parser.add_argument("--prompt_price", type=float, default=0.0, help="of a million tokens, for the cost report")
+    parser.add_argument("--completion_price", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    if args.quality == "high" and not args.language_model:
+        parser.error("--quality high needs --language_model")
+    try:
+        report = synthesize(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    sys.stdout.write(json.dumps(report, indent=2) + f"\nwritten to {args.output_dir}\n")
+
+
+if __name__ == "__main__":
+    main()
