@@ -1,0 +1,130 @@
+"""Against an endpoint that the test starts on loopback: good answers, garbage, refusals, timeouts, 429s."""
+
+import contextlib
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from language_model import Endpoint, EndpointError, UnusableAnswer, Writer, parse_modification
+
+
+GOOD = '{"modification": "make it red"}'
+
+
+class Server:
+    """Answers each request by the next of a script's behaviours; the last one stays."""
+
+    def __init__(self):
+        self.script, self.requests, self.headers = [], [], []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                server.requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                server.headers.append(dict(self.headers))
+                behaviour = server.script.pop(0) if len(server.script) > 1 else server.script[0]
+                if behaviour == "hang":
+                    time.sleep(1.5)
+                status, content, headers = behaviour if isinstance(behaviour, tuple) else (200, behaviour, {})
+                body = content
+                if status == 200 and content != "not json":
+                    usage = {"prompt_tokens": 50, "completion_tokens": 9}
+                    body = json.dumps({"choices": [{"message": {"content": content}}], "usage": usage})
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body.encode())))
+                self.end_headers()
+                with contextlib.suppress(BrokenPipeError):  # a client that had no more patience
+                    self.wfile.write(body.encode())
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture
+def write(server, tmp_path):
+    def run(script, pairs=1, attempts=3, timeout=0.5, **options):
+        server.script = list(script)
+        endpoint = Endpoint(server.url, "model", api_key="secret", timeout=timeout)
+        writer = Writer(endpoint, tmp_path / "answers.jsonl", attempts, first_wait=0.01, **options)
+        return list(writer.write([(f"a star {i}", "a ring") for i in range(pairs)], workers=1)), dict(writer.report)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "answer", [GOOD, f"Sure!\n```json\n{GOOD}\n```", '{"modification": "  make\\n it red "}', f"{GOOD} Anything else?"]
+)
+def test_modifications_are_found_in_answers(answer):
+    assert parse_modification(answer) == "make it red"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["I cannot help with that.", "", "{}", '{"modification": 3}', '{"modification": " "}', "{broken", '["x"]',
+     json.dumps({"modification": "word " * 41})],
+)  # fmt: skip
+def test_unusable_answers_are_refused(answer):
+    with pytest.raises(UnusableAnswer):
+        parse_modification(answer)
+
+
+def test_good_answers_are_kept_and_never_paid_twice(server, write, tmp_path):
+    found, report = write([GOOD], pairs=5)
+    assert found == ["make it red"] * 5
+    assert report == {"written": 5, "prompt_tokens": 250, "completion_tokens": 45}
+    prompt = server.requests[0]["messages"][0]["content"]
+    assert "First: a star 0\nSecond: a ring" in prompt and server.headers[0]["Authorization"] == "Bearer secret"
+    # The run goes on with two pairs more, after it was stopped while it wrote a line.
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"key": "half')
+    found, report = write([GOOD], pairs=7)
+    assert found == ["make it red"] * 7 and len(server.requests) == 7
+    assert report["from cache"] == 5 and report["written"] == 2
+
+
+def test_garbage_and_refusals_are_asked_again_and_then_given_up(server, write):
+    found, report = write(["I cannot help with that.", GOOD], pairs=1)
+    assert found == ["make it red"] and report["unusable answer: no JSON with a modification"] == 1
+    found, report = write(["Never."], pairs=2)
+    assert found == ["make it red", None] and report["given up"] == 1
+    assert report["unusable answer: no JSON with a modification"] == 3 and len(server.requests) == 5
+
+
+def test_busy_servers_are_waited_for(server, write):
+    busy = (429, "slow down", {"Retry-After": "0.2"})
+    start = time.perf_counter()
+    found, report = write([busy, (503, "", {}), GOOD])
+    assert found == ["make it red"] and report["HTTP 429"] == report["HTTP 503"] == 1
+    assert time.perf_counter() - start > 0.2
+    start = time.perf_counter()
+    found, _ = write([(429, "", {"Retry-After": "3600"})], pairs=2, max_wait=0.05)
+    assert found[1] is None and time.perf_counter() - start < 2  # bounded, whatever the server asks for
+
+
+def test_timeouts_and_broken_replies_are_bounded(server, write):
+    found, report = write(["hang", "not json", GOOD], timeout=0.3)
+    assert found == ["make it red"] and report["an answer that is no chat completion"] == 1
+    assert any("timeout" in name for name in report)
+
+
+def test_what_cannot_succeed_is_not_tried_again(server, write):
+    found, report = write([(401, "no key", {})])
+    assert found == [None] and len(server.requests) == 1 and report == {"HTTP 401": 1, "given up": 1}
+    with pytest.raises(EndpointError, match="no connection"):
+        Endpoint("http://127.0.0.1:9", "model", timeout=0.5)("x")

@@ -1,0 +1,105 @@
+import json
+import os
+import random
+
+import pytest
+import synthesize
+from caption_pairs import Change, words_of
+from conftest import DATA_DIR, needs_data
+from datasets import Dataset, Features, Value, load_dataset
+from datasets import Image as ImageFeature
+from test_language_model import GOOD
+from test_language_model import server as server  # noqa: PLC0414  (a fixture)
+
+
+CAPTIONS = [
+    "a red star on the left", "a blue star on the left", "a blue star on the right", "a red ring on the left",
+    "a red star on the left with dots", "a green ring on the right",
+]  # fmt: skip
+
+
+@pytest.fixture
+def data(pictures, tmp_path):
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    columns = {"image": [str(tmp_path / f"{i}.png") for i in range(6)], "caption": CAPTIONS}
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "data" / "train.parquet")
+    return tmp_path / "data"
+
+
+def run(data, output, *flags):
+    synthesize.main(
+        ["--dataset_name", str(data), "--output_dir", str(output), "--num_triplets", "8", *map(str, flags)]
+    )
+    return load_dataset(str(output), split="train")
+
+
+def test_edits_are_told_by_template():
+    rng = random.Random(0)
+    texts = {synthesize.template_modification(words_of(CAPTIONS[0]), words_of(CAPTIONS[1]), rng) for _ in range(50)}
+    assert {kind for _, kind in texts} == {"replace"} and ("blue instead of red", "replace") in texts
+    assert len(texts) == len(synthesize.TEMPLATES["replace"])
+    text, kind = synthesize.template_modification(words_of(CAPTIONS[4]), words_of(CAPTIONS[0]), rng)
+    assert kind == "remove" and text.endswith("dots")
+    text, kind = synthesize.template_modification(["a"], words_of("two dogs run"), rng, max_changes=0)
+    assert kind == "caption" and "two dogs run" in text
+
+
+def test_function_words_alone_are_no_change():
+    assert synthesize.trimmed(Change(("on the", "in a"))) == ("", "")
+    assert synthesize.trimmed(Change(("with a dog", ""))) == ("a dog", "")
+
+
+def test_triplets_are_a_dataset_that_stage_two_reads(data, tmp_path, capsys):
+    rows = run(data, tmp_path / "out")
+    assert len(rows) == 6 and {"reference", "modification", "target", "source", "quality"} <= set(rows.column_names)
+    assert rows[0]["reference"].size == (48, 40) and set(rows["quality"]) == {"low"}
+    for row in rows:
+        assert row["reference_id"] != row["target_id"]
+        assert CAPTIONS[int(row["reference_id"])] == row["reference_caption"]
+    report = json.loads(capsys.readouterr().out.split("\nwritten")[0])
+    assert report["triplets"] == 6 and report["different_texts"] == len(set(rows["modification"]))
+    card = (tmp_path / "out/README.md").read_text("utf-8")
+    assert '"kinds"' in card and card.startswith("---")
+    assert run(data, tmp_path / "again")["modification"][:] == rows["modification"][:]  # the same seed
+
+
+def test_filters_by_clip(data, tmp_path, clip_dir, capsys):
+    with pytest.raises(SystemExit, match="no triplet was left"):
+        run(data, tmp_path / "a", "--model_name_or_path", clip_dir, "--min_caption_fit", 1)
+    with pytest.raises(SystemExit, match="pictures nearly identical"):
+        run(data, tmp_path / "b", "--model_name_or_path", clip_dir, "--min_caption_fit", -1,
+            "--max_image_similarity", -1)  # fmt: skip
+    rows = run(
+        data, tmp_path / "c", "--model_name_or_path", clip_dir, "--min_caption_fit", -1, "--max_image_similarity", 1.1
+    )
+    assert len(rows) == 6
+
+
+def test_texts_written_by_a_language_model(data, tmp_path, server, capsys):  # noqa: F811
+    server.script = ["no", GOOD]
+    flags = ["--quality", "high", "--language_model", "m", "--endpoint", server.url, "--prompt_price", 2]
+    rows = run(data, tmp_path / "out", *flags, "--workers", 1)
+    report = json.loads(capsys.readouterr().out.split("\nwritten")[0])
+    assert set(rows["modification"]) == {"make it red"} and set(rows["quality"]) == {"high"}
+    assert report["writing"]["written"] == 6 and report["writing"]["cost"] == pytest.approx(7 * 50 * 2 / 1e6)
+    asked = len(server.requests)
+    run(data, tmp_path / "out", *flags)
+    assert len(server.requests) == asked  # all from the cache
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "x", "--quality", "high")
+
+
+def test_what_is_missing_is_named(data, tmp_path):
+    with pytest.raises(SystemExit, match="lacks column 'text'"):
+        run(data, tmp_path / "out", "--caption_column", "text")
+    with pytest.raises(SystemExit, match="neither pictures"):
+        run(data, tmp_path / "out", "--image_column", "x")
+
+
+@needs_data
+def test_real_captions_without_pictures(tmp_path):
+    file = DATA_DIR / "coco_captions/captions_val2017.json"
+    rows = run("json", tmp_path / "out", "--data_files", os.fspath(file), "--json_field", "annotations")
+    assert len(rows) == 8 and isinstance(rows[0]["reference"], str)
