@@ -42,6 +42,14 @@ def read_records(path: Path) -> list[dict]:
     return content
 
 
+def read_mapping(path: Path) -> dict:
+    """A file that holds one object."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} should hold an object")
+    return content
+
+
 def field(record: dict, key: str, kind: type, where: str) -> Any:
     """`record[key]`, or a `ValueError` that names file and record if it is absent or of another kind."""
     if key not in record:
@@ -50,6 +58,14 @@ def field(record: dict, key: str, kind: type, where: str) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{where} has {key!r} = {value!r}, which is no {kind.__name__}")
     return value
+
+
+def list_of(record: dict, key: str, kind: type, where: str) -> list:
+    """`record[key]`, a list of `kind`; errors are as `field`'s."""
+    values = field(record, key, list, where)
+    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
+        raise ValueError(f"{where} has {key!r} = {values!r}, which is no list of {kind.__name__}")
+    return values
 
 
 def index_of(ids: Sequence, path: Path, what: str = "pictures") -> dict:
@@ -88,7 +104,7 @@ def find_pictures(patterns: Sequence[str], names: Sequence[str]) -> list[Path]:
     patterns = list(patterns)
     for name in names:
         for i, pattern in enumerate(patterns):
-            path = os.path.normpath(pattern.format(name))
+            path = os.path.normpath(pattern.replace("{}", name))
             if os.path.basename(path) in listing(os.path.dirname(path)):
                 found.append(Path(path))
                 patterns.insert(0, patterns.pop(i))  # most pictures lie where the last one lay
@@ -96,7 +112,7 @@ def find_pictures(patterns: Sequence[str], names: Sequence[str]) -> list[Path]:
         else:
             missing.append(name)
     if missing:
-        looked = ", ".join(pattern.format("*") for pattern in sorted(patterns))
+        looked = ", ".join(pattern.replace("{}", "*") for pattern in sorted(patterns))
         raise ValueError(
             f"{len(missing)} of {len(names)} pictures are missing, first {missing[:5]}; looked for {looked}. "
             "docs/benchmarks.md says how they must lie"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from annotations import field, find_pictures, first_existing, index_of, lookup, read_json, read_records
+from annotations import field, find_pictures, first_existing, index_of, list_of, lookup, read_mapping, read_records
 from harness import Benchmark, main
 from results import named
 from splits import Ranked, Split
@@ -48,7 +48,7 @@ def load(args: argparse.Namespace) -> dict[str, Split]:
         [folder / below / info_name for folder in coco for below in ("annotations", ".")],
         "COCO's list of unlabeled pictures",
     )
-    images = field(read_json(info_file), "images", list, str(info_file))
+    images = list_of(read_mapping(info_file), "images", dict, str(info_file))
     ids = [field(image, "id", int, f"{info_file}, image {i}") for i, image in enumerate(images)]
     places = index_of(ids, info_file)
     columns: dict[str, list] = {"query_ids": [], "references": [], "texts": [], "truths": []}
@@ -62,7 +62,9 @@ def load(args: argparse.Namespace) -> dict[str, Split]:
             text = SHARED_CONCEPT.format(shared_concept=concept, relative_caption=text)
         columns["texts"].append((text,))
         if args.split == "val":
-            target, truths = field(record, "target_img_id", int, where), field(record, "gt_img_ids", list, where)
+            target, truths = field(record, "target_img_id", int, where), list_of(record, "gt_img_ids", int, where)
+            if "semantic_aspects" in record:
+                list_of(record, "semantic_aspects", str, where)
             if target not in truths or len(set(truths)) < len(truths):
                 raise ValueError(f"{where}: gt_img_ids must hold each answer once, target_img_id {target} among them")
             truths = [target, *(t for t in truths if t != target)]
@@ -130,9 +132,10 @@ CIRCO = Benchmark(
         "reference_removed": False,
         "shared_concept": SHARED_CONCEPT if args.shared_concept else None,
     },
-    published_counts={("", "val"): (220, 123_403), ("", "test"): (800, 123_403)},
+    published_counts=lambda args: {"": ({"val": 220, "test": 800}[args.split], 123_403)},
     splits=("val", "test"),
     submissions=submissions,
+    submission_files=("submission.json",),
     add_arguments=add_arguments,
 )
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from annotations import field, find_pictures, first_existing, index_of, lookup, read_json, read_records
+from annotations import field, find_pictures, first_existing, index_of, list_of, lookup, read_mapping, read_records
 from harness import Benchmark, main
 from results import named
 from splits import Ranked, Split
@@ -36,15 +36,17 @@ def load(args: argparse.Namespace) -> dict[str, Split]:
     captions_file = first_existing([root / captions_name for root in roots], f"CIRR's {split} captions")
     root = captions_file.parent.parent
     split_file = root / "image_splits" / f"split.rc2.{split}.json"
-    files = read_json(split_file)
+    files = read_mapping(split_file)
     names = list(files)
     places = index_of(names, split_file)
     columns: dict[str, list] = {"query_ids": [], "references": [], "texts": [], "truths": [], "candidates": []}
     for number, record in enumerate(read_records(captions_file)):
         where = f"{captions_file}, record {number}"
         reference = lookup(places, field(record, "reference", str, where), where, split_file)
-        members = field(field(record, "img_set", dict, where), "members", list, f"{where}, img_set")
+        members = list_of(field(record, "img_set", dict, where), "members", str, f"{where}, img_set")
         members = [lookup(places, name, where, split_file) for name in members]
+        if len(set(members)) < len(members) or reference not in members:
+            raise ValueError(f"{where}: img_set should hold different pictures, the reference among them")
         columns["query_ids"].append(field(record, "pairid", int, where))
         columns["references"].append(reference)
         columns["texts"].append((field(record, "caption", str, where),))
@@ -113,9 +115,10 @@ CIRR = Benchmark(
     metrics=metrics,
     primary_metric="cirr_recall_at_1",
     protocol=lambda args: {"gallery": "all pictures of the split", "reference_removed": True},
-    published_counts={("", "val"): (4181, 2297), ("", "test"): (4148, 2315)},
+    published_counts=lambda args: {"": {"val": (4181, 2297), "test": (4148, 2315)}[args.split]},
     splits=("val", "test"),
     submissions=submissions,
+    submission_files=tuple(f"{metric}_submission.json" for metric in SUBMISSION_LENGTHS),
 )
 
 

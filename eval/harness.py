@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from results import counts, describe_data, describe_model, table, versions, write_rankings
+from safetensors import SafetensorError
 from splits import Ranked, Split, without_pictures
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_queries, embed_texts
@@ -21,6 +23,9 @@ from modeling_tscir.feature_cache import cached, feature_key, file_fingerprints,
 from modeling_tscir.images import find_bad_images, handle_bad_images
 from modeling_tscir.modeling_tscir import slerp
 from modeling_tscir.ranking import Ranking, rank_candidates, rank_gallery
+
+
+logger = logging.get_logger(__name__)
 
 
 DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tscir"
@@ -41,8 +46,10 @@ class Benchmark:
         primary_metric: the name of one of them.
         protocol: (arguments) to the switches that decide the figures.
         splits: choices of `--split`.
-        published_counts: (category, split) to the numbers of queries and gallery pictures of the published benchmark.
+        published_counts: (arguments) to the numbers of queries and gallery pictures of the published benchmark, by
+            category.
         submissions: (split, rankings) to file names and contents, checked against the server's rules; for test splits.
+        submission_files: these names.
         add_arguments: adds the switches to the parser.
     """
 
@@ -52,9 +59,10 @@ class Benchmark:
     metrics: Callable[[dict[str, Split], dict[str, Ranked]], dict[str, float]]
     primary_metric: str
     protocol: Callable[[argparse.Namespace], dict]
-    published_counts: dict[tuple[str, str], tuple[int | None, int | None]]
+    published_counts: Callable[[argparse.Namespace], dict[str, tuple[int | None, int | None]]]
     splits: tuple[str, ...] = ("val",)
     submissions: Callable[[Split, Ranked], dict[str, dict]] | None = None
+    submission_files: tuple[str, ...] = ()
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
@@ -82,11 +90,17 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--on_bad_image", default="error", choices=["error", "skip"])
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=positive, default=64)
     parser.add_argument("--cache_dir", type=Path, default=DEFAULT_CACHE, help="of gallery embeddings")
     parser.add_argument(
         "--check_data", action="store_true", help="only read annotations and pictures, and say what is missing"
     )
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def parse_arguments(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -102,7 +116,13 @@ def parse_arguments(benchmark: Benchmark, arguments: Sequence[str] | None = None
 
 
 def require_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Errors for what only a check of the data can do without."""
+    """Errors for what only a check of the data can do without, and for what would fail after hours of work."""
+    if args.weight is not None:
+        if args.method in ("image", "text"):
+            parser.error(f"--weight has no part in --method {args.method}")
+        lowest = -1 if args.method == "tscir" else 0
+        if not lowest <= args.weight <= 1:
+            parser.error(f"--weight of --method {args.method} is from {lowest} to 1, not {args.weight}")
     if not args.check_data and (args.model_name_or_path is None or args.output_dir is None):
         parser.error("--model_name_or_path and --output_dir are needed (but for --check_data)")
 
@@ -113,7 +133,15 @@ def require_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def load_model(args: argparse.Namespace) -> tuple[TSCIRModel, TSCIRProcessor]:
     """A trained folder, or a plain CLIP that answers training-free, with the prompt and preprocessing asked for."""
     name, dtype = args.model_name_or_path, getattr(torch, args.dtype)
-    if AutoConfig.from_pretrained(name).model_type == "clip":
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from error
+    try:
+        plain = AutoConfig.from_pretrained(name).model_type == "clip"
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model_name_or_path {name} cannot be read: {error}") from error
+    if plain:
         model, processor = (
             TSCIRModel.from_clip_pretrained(name, dtype=dtype),
             TSCIRProcessor.from_clip_pretrained(name),
@@ -152,6 +180,8 @@ def readable(splits: dict[str, Split], keys: dict[str, str], args) -> tuple[dict
             bad[category] = find_bad_images(split.sources, split.image_ids)
             total += len(split.image_ids)
     handle_bad_images([one for several in bad.values() for one in several], total, args.on_bad_image)
+    if args.split == "test" and any(bad.values()):
+        raise ValueError("a test split's submission needs every query and picture; repair the pictures named above")
     lost = {category: {name for name, _ in several} for category, several in bad.items() if several}
     smaller = {c: without_pictures(s, lost[c]) if c in lost else s for c, s in splits.items()}
     if empty := [category for category, split in smaller.items() if not split.query_ids]:
@@ -229,7 +259,7 @@ def main(benchmark: Benchmark) -> None:
             return
         splits = benchmark.load(args)
         results = run(benchmark, splits, *load_model(args), args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(table(results) + f"\n\nwritten to {args.output_dir}\n")
 
@@ -238,20 +268,25 @@ def run(
     benchmark: Benchmark, splits: dict[str, Split], model: TSCIRModel, processor: TSCIRProcessor, args
 ) -> dict[str, object]:
     """Evaluate loaded splits, write results.json, rankings.parquet and submissions, and return the results."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "rankings.parquet", *benchmark.submission_files):
+        (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
     keys = {category: picture_key(model, processor, split) for category, split in splits.items()}
+    whole = splits
     splits, skipped = readable(splits, keys, args)
+    method, weight = effective_method(model, args)
     ranked = {}
     for category, split in splits.items():
         image_embeds = embed_pictures(model, processor, split, args)
-        queries = compose(args.method, model, processor, split, image_embeds, args.weight, args.batch_size)
+        queries = compose(method, model, processor, split, image_embeds, weight, args.batch_size)
         ranked[category] = rank(split, queries, image_embeds, args.device)
     public = all(split.truths is not None for split in splits.values())
     results: dict[str, object] = dict(benchmark.metrics(splits, ranked)) if public else {}
     results |= counts(benchmark.name, splits)
     results |= {
         "primary_metric": benchmark.primary_metric if public else None,
-        "method": args.method,
-        "weight": args.weight,
+        "method": method,
+        "weight": weight,
         "protocol": {"split": args.split}
         | benchmark.protocol(args)
         | {
@@ -261,14 +296,16 @@ def run(
         },
         "model": describe_model(model, args.model_name_or_path),
         "data": describe_data(splits),
+        "published_counts": published_counts(benchmark, args, splits),
         "skipped_images": skipped,
+        "skipped_queries": sum(len(whole[c].query_ids) - len(split.query_ids) for c, split in splits.items()),
+        "skipped_truths_of_other_queries": sum(map(lost_truths, whole.values(), splits.values())),
         "versions": versions(),
         "command": shlex.join(sys.argv),
     }
     files = {"results.json": results}
-    if not public and benchmark.submissions is not None and not skipped:
+    if not public and benchmark.submissions is not None:
         files |= benchmark.submissions(splits[""], ranked[""])
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     write_rankings(args.output_dir / "rankings.parquet", splits, ranked)
     for name, content in files.items():
         indent = 2 if name == "results.json" else None
@@ -276,14 +313,55 @@ def run(
     return results
 
 
+def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, float | None]:
+    """The method and weight that a run uses, where the model or nothing said which."""
+    if args.method == "tscir" and model.config.stage == 0:
+        if args.weight is not None:
+            raise ValueError("this is a plain CLIP without a mapper; name a training-free method, as --method slerp")
+        logger.warning("A plain CLIP without a mapper: answering training-free, by --method slerp.")
+        return "slerp", model.config.training_free_weight
+    if args.method in ("image", "text"):
+        return args.method, None
+    default = 0.0 if args.method == "tscir" else 0.5
+    return args.method, default if args.weight is None else args.weight
+
+
+def lost_truths(before: Split, after: Split) -> int:
+    """How many right answers queries lost that are still asked."""
+    if before.truths is None:
+        return 0
+    number = {query: len(truths) for query, truths in zip(before.query_ids, before.truths, strict=True)}
+    return sum(number[query] - len(truths) for query, truths in zip(after.query_ids, after.truths, strict=True))
+
+
+def published_counts(benchmark: Benchmark, args, splits: dict[str, Split]) -> dict[str, dict]:
+    """Queries and pictures of the published benchmark, and whether these are they, by category."""
+    published = benchmark.published_counts(args)
+    found = {}
+    for category, split in splits.items():
+        expected = published.get(category, (None, None))
+        own = len(split.query_ids), split.gallery_size or len(split.image_ids)
+        same = all(e is None or e == o for e, o in zip(expected, own, strict=True))
+        found[category or benchmark.name] = {"queries": expected[0], "gallery_images": expected[1], "same": same}
+    return found
+
+
 def check_data(benchmark: Benchmark, args: argparse.Namespace) -> None:
-    """Say how many queries and pictures there are, beside the published numbers, and decode every picture."""
+    """Say how many queries and pictures there are, beside the published numbers, and decode every picture.
+
+    Raises:
+        ValueError: for what is missing. BadImagesError: naming every unreadable picture of every category.
+    """
+    bad, total = [], 0
     for category, split in benchmark.load(args).items():
-        published = benchmark.published_counts.get((category, args.split), (None, None))
+        published = benchmark.published_counts(args).get(category, (None, None))
         found = len(split.query_ids), split.gallery_size or len(split.image_ids)
         label = " ".join(filter(None, (benchmark.name, category, args.split)))
         for what, number, expected in zip(("queries", "pictures"), found, published, strict=True):
-            note = "" if expected is None else f" (published: {expected})"
-            sys.stdout.write(f"{label}: {number} {what}{note}\n")
-        handle_bad_images(find_bad_images(split.sources, split.image_ids), len(split.image_ids), "error")
-        sys.stdout.write(f"{label}: every picture can be read\n")
+            note = f", as published: {expected}" if expected == number else f", but published: {expected}"
+            sys.stdout.write(f"{label}: {number} {what}{'' if expected is None else note}\n")
+        own = find_bad_images(split.sources, split.image_ids)
+        total += len(split.image_ids)
+        sys.stdout.write(f"{label}: {len(own) or 'no'} pictures cannot be read\n")
+        bad += [(" ".join(filter(None, (category, name))), reason) for name, reason in own]
+    handle_bad_images(bad, total, "error")

@@ -89,11 +89,28 @@ def named(ranking: Ranking | None, query: int, ids: Sequence[str]) -> list[str]:
 
 def table(results: dict[str, object]) -> str:
     """Metrics in percent, counts as they are."""
+    left_out = ("weight", "skipped_queries", "skipped_truths_of_other_queries")
     lines = [
         f"{name:44}{100 * value:9.2f} %" if isinstance(value, float) else f"{name:44}{value:9}"
         for name, value in results.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "weight"
+        if isinstance(value, (int, float)) and name not in left_out
     ]
     if results["primary_metric"] is None:
-        lines.append("The truths of this split are not public; upload the submission files to the server.")
-    return "\n".join(lines)
+        lines.append("The truths of this split are not public; what it left is for the benchmark's server.")
+    return "\n".join([*lines, *notes(results)])
+
+
+def notes(results: dict[str, object]) -> list[str]:
+    """A sentence for everything that makes these figures other than the published benchmark's."""
+    lines = []
+    for name, published in results["published_counts"].items():
+        if not published["same"]:
+            expected = f"{published['queries']} queries, {published['gallery_images']} pictures"
+            lines.append(f"Note: {name} has not the published numbers ({expected}); figures cannot be compared.")
+    if results["skipped_images"]:
+        lost = results["skipped_queries"], results["skipped_truths_of_other_queries"]
+        lines.append(
+            f"Note: {len(results['skipped_images'])} pictures were skipped, and with them {lost[0]} queries and "
+            f"{lost[1]} right answers of other queries."
+        )
+    return lines

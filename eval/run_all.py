@@ -18,6 +18,8 @@ from cirr import CIRR
 from fashioniq import FASHIONIQ
 from genecis import GENECIS
 from harness import Benchmark, add_common_arguments, check_data, load_model, parse_arguments, require_outputs, run
+from results import notes
+from safetensors import SafetensorError
 
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (CIRR, CIRCO, FASHIONIQ, GENECIS)}
@@ -59,25 +61,40 @@ def load_all(args: argparse.Namespace) -> dict[str, tuple]:
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise ValueError("\n".join([*problems, "or leave these out: --benchmarks " + " ".join(loaded)]))
+        hint = [f"or evaluate the others alone: --benchmarks {' '.join(loaded)}"] if loaded else []
+        raise ValueError("\n".join([*problems, *hint]))
     return loaded
+
+
+def check_all(args: argparse.Namespace) -> None:
+    """Check the data of every benchmark asked for, and then say what is wrong with any of them."""
+    problems = []
+    for name in args.benchmarks:
+        try:
+            check_data(BENCHMARKS[name], arguments_of(BENCHMARKS[name], args))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def published() -> dict:
     return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
-def table(results: dict[str, dict], model: str, method: str) -> str:
-    """Markdown: this model's figures, then the published ones, in percent."""
+def table(results: dict[str, dict], model: str) -> str:
+    """Markdown: this model's figures, then the published ones, in percent, with all that keeps them apart."""
+    method = " ".join(sorted({several["method"] for several in results.values()}))
     flat = {name: value for several in results.values() for name, value in several.items()}
     known = published()
     lines = ["| method | " + " | ".join(COLUMNS.values()) + " | source |", "|---" * (len(COLUMNS) + 2) + "|"]
     own = [f"{100 * flat[name]:.2f}" if name in flat else "" for name in COLUMNS]
-    lines.append(f"| **{model}** ({method}) | " + " | ".join(own) + " | this run, val splits |")
+    lines.append(f"| **{model}** ({method}) | " + " | ".join(own) + " | this run; val splits |")
     for row in known["rows"]:
         cells = [f"{row[name]:.2f}" if name in row else "" for name in COLUMNS]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + f" | {row['source']} |")
     lines += ["", f"Published rows: {known['setting']}. Val and test figures of CIRR and CIRCO cannot be compared."]
+    lines += [note for several in results.values() for note in notes(several)]
     return "\n".join(lines)
 
 
@@ -89,16 +106,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     require_outputs(parser, args)
     try:
-        loaded = load_all(args)
         if args.check_data:
-            for name, (own, _) in loaded.items():
-                check_data(BENCHMARKS[name], own)
+            check_all(args)
             return
+        loaded = load_all(args)
         model = load_model(args)
         results = {name: run(BENCHMARKS[name], splits, *model, own) for name, (own, splits) in loaded.items()}
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
-    text = table(results, args.model_name_or_path, args.method)
+    text = table(results, args.model_name_or_path)
     (args.output_dir / "table.md").write_text(text + "\n", encoding="utf-8")
     summary = {"results": results, "published": published()}
     (args.output_dir / "results.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")

@@ -47,7 +47,10 @@ def load_backbone(
     try:
         config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
-        raise ValueError(f"the backbone {name!r} (revision {revision}) cannot be found or read: {error}") from error
+        raise ValueError(
+            f"the backbone {name!r} (revision {revision}) cannot be found or read: {error}. If it lies elsewhere now, "
+            "set backbone_name_or_path in the checkpoint's config.json to that folder or Hub name."
+        ) from error
     if config.model_type != "clip":
         remedy = " Load it with TSCIRModel.from_pretrained." if config.model_type == TSCIRConfig.model_type else ""
         raise ValueError(f"{name} holds a model of type {config.model_type!r}, not a CLIPModel.{remedy}")

@@ -26,6 +26,8 @@ def image_batches(
     processor, sources: Sequence[ImageSource], batch_size: int, ahead: int = 2
 ) -> Iterator[torch.Tensor]:
     """pixel_values [<= batch_size, 3, H, W] of pictures in order. `sources` is indexed as it is needed."""
+    if batch_size < 1:
+        raise ValueError(f"a batch needs at least one picture, not {batch_size}")
 
     def prepare(start: int) -> torch.Tensor:
         return processor.pixel_values([sources[i] for i in range(start, min(start + batch_size, len(sources)))])

@@ -1,9 +1,9 @@
 """Frozen features on disk, computed once for a backbone, its preprocessing and the pictures or texts they are of."""
 
+import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -69,14 +69,16 @@ def cached(folder: str | os.PathLike | None, key: str, compute: Callable[[], tor
         except (SafetensorError, KeyError, OSError) as error:
             logger.warning(f"{path} cannot be read ({error}); computing it again")
     features = compute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-        pass
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        save_file({"features": features.contiguous()}, part.name)
-        os.replace(part.name, path)  # never half a file under its name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": features.contiguous()}, part)
+        os.replace(part, path)  # never half a file under its name
+    except (OSError, SafetensorError) as error:
+        logger.warning(f"{path} cannot be written ({error}); the next run computes it again")
     finally:
-        Path(part.name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     return features
 
 

@@ -6,7 +6,7 @@ import os
 import struct
 import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class BadImagesError(ValueError):
         lines = "\n".join(f"  {name}: {reason}" for name, reason in self.bad)
         super().__init__(
             f"{len(self.bad)} of {total} pictures cannot be read:\n{lines}\n"
-            'Repair or remove them, or go on without them with on_bad_image="skip".'
+            'Repair or remove them, or go on without them with on_bad_image="skip" (--on_bad_image skip).'
         )
 
 
@@ -183,12 +183,13 @@ def list_images(folder: str | os.PathLike) -> list[str]:
 
 
 def find_bad_images(
-    sources: Iterable[ImageSource], ids: Sequence[str], max_workers: int | None = None
+    sources: Sequence[ImageSource], ids: Sequence[str], max_workers: int | None = None
 ) -> list[tuple[str, str]]:
     """Decode every picture once, small where its format allows, and give (id, reason) of each that fails."""
 
-    def reason(source) -> str | None:
+    def reason(row: int) -> str | None:
         try:
+            source = sources[row]  # which may decode it already, and fail
             if isinstance(source, Image.Image):
                 load_image(source)
             else:
@@ -198,7 +199,7 @@ def find_bad_images(
         return None
 
     with ThreadPoolExecutor(max_workers or os.cpu_count()) as pool:
-        return [(i, why) for i, why in zip(ids, pool.map(reason, sources), strict=True) if why is not None]
+        return [(i, why) for i, why in zip(ids, pool.map(reason, range(len(sources))), strict=True) if why is not None]
 
 
 def _decode_small(source: ImageSource) -> None:

@@ -17,7 +17,8 @@ def ranks_of_truths(scores: Sequence[float], truths: Sequence[int], exclude: Seq
         exclude: indices that take no part.
 
     Raises:
-        ValueError: for scores that are NaN, truths that are excluded, outside the gallery, given twice, or none.
+        ValueError: for scores that are NaN; for truths that are excluded, outside the gallery, given twice, or none;
+            for excluded indices outside the gallery.
     """
     scores = np.asarray(scores, dtype=np.float64)
     truths = np.asarray(truths, dtype=np.int64).reshape(-1)
@@ -27,6 +28,8 @@ def ranks_of_truths(scores: Sequence[float], truths: Sequence[int], exclude: Seq
         raise ValueError(f"a query needs truths, each once; got {truths.tolist()}")
     if truths.min() < 0 or truths.max() >= len(scores):
         raise ValueError(f"truths {truths.tolist()} are not all indices of {len(scores)} scores")
+    if any(not 0 <= i < len(scores) for i in exclude):
+        raise ValueError(f"excluded indices {list(exclude)} are not all indices of {len(scores)} scores")
     taking_part = np.ones(len(scores), dtype=bool)
     taking_part[list(exclude)] = False
     if not taking_part[truths].all():
@@ -39,6 +42,8 @@ def ranks_of_truths(scores: Sequence[float], truths: Sequence[int], exclude: Seq
 
 def recall_at_k(ranks: Sequence[int], k: int) -> float:
     """Share of queries whose target stands at rank `k` or better. `ranks` [Q]: each query's target's."""
+    if len(ranks) == 0:
+        raise ValueError("there are no queries")
     return float((np.asarray(ranks) <= k).mean())
 
 
@@ -58,4 +63,6 @@ def average_precision_at_k(ranks: Sequence[int], k: int) -> float:
 
 def mean_average_precision_at_k(ranks: Sequence[Sequence[int]], k: int) -> float:
     """mAP@k: the mean of `average_precision_at_k` over queries."""
+    if len(ranks) == 0:
+        raise ValueError("there are no queries")
     return float(np.mean([average_precision_at_k(row, k) for row in ranks]))

@@ -67,6 +67,8 @@ def test_what_is_missing_is_named(folder):
         ({"target_hard": "val-1"}, "record 1: the target must be another picture"),
         ({"img_set": {}}, "record 1, img_set lacks 'members'"),
         ({"pairid": 10}, "lists 1 queries more than once"),
+        ({"img_set": {"members": [["val-1"]]}}, r"img_set has 'members' = \[\['val-1'\]\], which is no list of str"),
+        ({"img_set": {"members": ["val-0", "val-2"]}}, "img_set should hold different pictures, the reference among"),
     ):
         write_json(path, [records[0], records[1] | change, records[2]])
         with pytest.raises(ValueError, match=message):
@@ -131,20 +133,29 @@ def test_plain_clip_runs_training_free(run_script, folder, clip_dir):
     assert results["model"]["stage"] == 0 and len(results["model"]["backbone_fingerprint"]) == 32
 
 
-def test_bad_pictures_are_refused_or_skipped_and_reported(run_script, folder, model_dir, tmp_path):
+def test_bad_pictures_are_refused_or_skipped_and_reported(run_script, folder, model_dir, tmp_path, capsys):
     (folder / "dev/val-1.png").write_bytes(b"")
     flags = ["--model_name_or_path", model_dir, "--data_dir", folder]
     with pytest.raises(SystemExit, match=r"(?s)1 of 6 pictures.*val-1: empty"):
         run_script(cirr.CIRR, *flags)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
     results, rankings = run_script(cirr.CIRR, *flags, "--on_bad_image", "skip")
-    assert results["skipped_images"] == ["val-1"]
+    assert results["skipped_images"] == ["val-1"] and results["skipped_queries"] == 2
+    assert "1 pictures were skipped, and with them 2 queries" in capsys.readouterr().out
     assert (results["cirr_num_queries"], results["cirr_num_gallery_images"]) == (1, 5)
     assert rankings.query_id.tolist() == ["12"]
 
 
 def test_test_split_writes_valid_submissions(run_script, folder, model_dir, tmp_path, capsys):
     flags = ["--model_name_or_path", model_dir, "--data_dir", folder, "--split", "test"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/recall_submission.json").write_text("another run's")
+    (folder / "dev/test1-1.png").rename(folder / "moved")
+    (folder / "dev/test1-1.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="needs every query and picture"):
+        run_script(cirr.CIRR, *flags, "--on_bad_image", "skip")
+    assert not list((tmp_path / "out").iterdir())  # nothing that could be uploaded by mistake
+    (folder / "moved").replace(folder / "dev/test1-1.png")
     results, rankings = run_script(cirr.CIRR, *flags)
     assert results["primary_metric"] is None and "not public" in capsys.readouterr().out
     for metric, column, length in (("recall", "ranking", 5), ("recall_subset", "candidates_ranking", 3)):
@@ -186,7 +197,9 @@ def real_split(monkeypatch, split):
 @pytest.mark.parametrize(("name", "counts"), [("val", (4181, 2297)), ("test", (4148, 2315))])
 def test_real_annotations_have_the_published_counts(monkeypatch, name, counts):
     split = real_split(monkeypatch, name)
-    assert (len(split.texts), len(split.image_ids)) == counts == cirr.CIRR.published_counts["", name]
+    assert (len(split.texts), len(split.image_ids)) == counts
+    args = parse_arguments(cirr.CIRR, ["--data_dir", "x", "--split", name, "--check_data"])
+    assert cirr.CIRR.published_counts(args) == {"": counts}
     assert {len(c) for c in split.candidates} == {5}
     assert sum(not text.strip() for (text,) in split.texts) == (name == "test")
 

@@ -118,6 +118,14 @@ def test_what_is_no_such_checkpoint_is_refused(clip_dir, tmp_path, monkeypatch):
     torch.save({"Phi": Image.new("RGB", (2, 2))}, path)  # any object but a tensor: not unpickled
     with pytest.raises(ValueError, match="cannot be read as tensors alone"):
         convert.read_mapper(path, searle)
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match="cannot be read as tensors alone: "):
+        convert.read_mapper(path, searle)
+    content = published("searle")
+    content["Phi"]["layers.3.bias"][0] = float("nan")
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"'layers\.3\.bias' is no tensor of finite numbers"):
+        convert.read_mapper(path, searle)
     content = published("searle")
     content["Phi"]["layers.0.weight"] = torch.zeros(HIDDEN, 512)
     torch.save(content, path)

@@ -92,6 +92,8 @@ def test_the_test_split_has_rankings_and_no_metrics(folder, run_script, model_di
     flags = ["--model_name_or_path", model_dir, "--data_dir", folder, "--split", "test"]
     results, rankings = run_script(fashioniq.FASHIONIQ, *flags)
     assert results["primary_metric"] is None and "fashioniq_recall_at_10" not in results
+    with pytest.raises(ValueError, match="--gallery val is made of the targets"):
+        load(folder, "--split", "test", "--gallery", "val")
     assert len(rankings) == 6 and all(len(ranking) == 6 for ranking in rankings.ranking)
 
 
@@ -120,10 +122,10 @@ def test_metrics_equal_a_slow_reference_on_rankings_with_ties():
 @needs_data
 def test_real_annotations_have_the_published_counts(monkeypatch):
     monkeypatch.setattr(fashioniq, "find_pictures", lambda patterns, names: names)
-    original, val = load(DATA_DIR), load(DATA_DIR, "--gallery", "val")
-    found = {(c, "val"): (len(s.texts), len(s.image_ids)) for c, s in original.items()}
-    assert found == fashioniq.FASHIONIQ.published_counts
-    assert [len(s.image_ids) for s in val.values()] == [2628, 3089, 2902]
+    for flags in ([], ["--gallery", "val"], ["--split", "test"]):
+        args = parse_arguments(fashioniq.FASHIONIQ, ["--data_dir", str(DATA_DIR), "--check_data", *flags])
+        found = {c: (len(s.texts), len(s.image_ids)) for c, s in fashioniq.load(args).items()}
+        assert found == fashioniq.FASHIONIQ.published_counts(args)
+    original = load(DATA_DIR)
     empty = [sum(text[0] == text[1] and text[0] != "" for text in s.texts) for s in original.values()]
     assert empty[1] >= 1 and empty[2] >= 2  # the queries with one empty caption
-    assert all(len(s.texts) > 2000 for s in load(DATA_DIR, "--split", "test").values())

@@ -86,6 +86,17 @@ def test_where_the_target_stands_in_the_list_does_not_matter():
     assert {k: v for k, v in recalls(0).items() if "object" in k} == pytest.approx(expected)
 
 
+def test_a_picture_that_cannot_be_cut_out_is_named_or_skipped(folder, run_script, model_dir):
+    (folder / "VG_100K_all/6.jpg").write_bytes(b"")
+    flags = ["--model_name_or_path", model_dir, "--data_dir", folder]
+    with pytest.raises(SystemExit, match=r"(?s)2 of 24 pictures cannot be read.*6 10 5 14 12: empty"):
+        run_script(genecis.GENECIS, *flags)
+    results, _ = run_script(genecis.GENECIS, *flags, "--on_bad_image", "skip")
+    assert results["skipped_images"] == ["6 10 5 14 12"] * 2 and results["genecis_num_queries"] == 8
+    with pytest.raises(ValueError, match="lies outside the picture of 200 x 100"):
+        genecis.cut_out(Image.new("RGB", (200, 100)), [300, 5, 10, 10])
+
+
 def test_what_is_wrong_is_named(folder):
     path = folder / "genecis/focus_attribute.json"
     records = json.loads(path.read_text("utf-8"))

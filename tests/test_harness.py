@@ -80,10 +80,9 @@ def test_check_data_says_what_is_there_and_what_is_missing(folder, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["circo.py", "--data_dir", str(folder), "--check_data"])
     harness.main(circo.CIRCO)
     printed = capsys.readouterr().out
-    assert (
-        "circo val: 2 queries (published: 220)" in printed and "circo val: 6 pictures (published: 123403)" in printed
-    )
-    assert "every picture can be read" in printed
+    assert "circo val: 2 queries, but published: 220" in printed
+    assert "circo val: 6 pictures, but published: 123403" in printed
+    assert "no pictures cannot be read" in printed
     pictures = folder / "COCO2017_unlabeled/unlabeled2017"
     (pictures / "000000000042.jpg").write_bytes(b"no picture")
     with pytest.raises(SystemExit, match=r"(?s)1 of 6 pictures cannot be read.*42: not a picture"):
@@ -99,8 +98,38 @@ def test_what_is_needed_is_asked_for(folder, monkeypatch, capsys, model_dir):
         parse_arguments(circo.CIRCO, ["--data_dir", str(folder)])
     assert "--model_name_or_path and --output_dir are needed" in capsys.readouterr().err
     flags = ["--data_dir", str(folder), "--output_dir", "o", "--model_name_or_path", str(model_dir)]
+    for wrong, message in (
+        (["--batch_size", "-3"], "no whole number of at least 1"),
+        (["--weight", "nan"], "from -1 to 1, not nan"),
+        (["--method", "sum", "--weight", "-0.5"], "from 0 to 1, not -0.5"),
+        (["--method", "image", "--weight", "0.5"], "--weight has no part in --method image"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(circo.CIRCO, [*flags, *wrong])
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="--device nonsense cannot be used"):
+        load_model(parse_arguments(circo.CIRCO, [*flags, "--device", "nonsense"]))
+    with pytest.raises(ValueError, match="--model_name_or_path no/such cannot be read"):
+        load_model(parse_arguments(circo.CIRCO, [*flags[:4], "--model_name_or_path", "no/such"]))
     with pytest.raises(ValueError, match="needs one {image}"):
         load_model(parse_arguments(circo.CIRCO, [*flags, "--prompt_template", "a photo of * that {text}"]))
+
+
+def test_what_was_used_is_what_is_recorded(folder, run_script, model_dir, clip_dir, capsys):
+    flags = ["--data_dir", folder, "--model_name_or_path"]
+    assert run_script(circo.CIRCO, *flags, model_dir, "--method", "slerp")[0]["weight"] == 0.5
+    assert run_script(circo.CIRCO, *flags, model_dir)[0]["weight"] == 0.0
+    plain, _ = run_script(circo.CIRCO, *flags, clip_dir)
+    assert (plain["method"], plain["weight"]) == ("slerp", 0.5)
+    assert plain["published_counts"] == {"circo": {"queries": 220, "gallery_images": 123_403, "same": False}}
+    assert "circo has not the published numbers" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="name a training-free method"):
+        run_script(circo.CIRCO, *flags, clip_dir, "--weight", "0.5")
+
+
+def test_features_that_cannot_be_kept_are_not_lost(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert torch.equal(cached(tmp_path / "file" / "below", "key", lambda: torch.ones(2)), torch.ones(2))
 
 
 def test_composed_queries_equal_the_models_own(folder, stage2, processor, pictures):
@@ -126,6 +155,12 @@ def test_skipped_pictures_leave_queries_that_do_not_need_them(folder, run_script
     assert results["skipped_images"] == ["23", "9"] and results["circo_num_gallery_images"] == 4
     assert rankings.query_id.tolist() == ["0", "2"]
     assert [list(t) for t in rankings.truths] == [["100"], ["100", "42"]]
+    assert (results["skipped_queries"], results["skipped_truths_of_other_queries"]) == (1, 2)
+    for path in (folder / "COCO2017_unlabeled/unlabeled2017").iterdir():
+        if path.stem.lstrip("0") in ("7", "5"):
+            path.write_bytes(b"")  # every reference
+    with pytest.raises(SystemExit, match="every query of this split needs a picture that cannot be read"):
+        run_script(circo.CIRCO, *flags)
 
 
 def test_padding(clip_dir, tmp_path):

@@ -22,6 +22,9 @@ def test_recall(load):
     scores, targets = [[0.9, 0.2, 0.4], [0.1, 0.3, 0.3]], [0, 2]
     assert recall.compute(predictions=scores, references=targets, k=[1, 2]) == {"recall_at_1": 0.5, "recall_at_2": 1.0}
     assert recall.compute(predictions=scores, references=targets, k=[1], exclude=[[], [1]]) == {"recall_at_1": 1.0}
+    assert recall.compute(predictions=scores, references=targets, k=2) == {"recall_at_2": 1.0}
+    with pytest.raises(ValueError, match="query 1: excluded indices"):
+        recall.compute(predictions=scores, references=targets, exclude=[[], [7]])
     with pytest.raises(ValueError, match="query 1: 1 scores are NaN"):
         recall.compute(predictions=[[0.1, 0.2], [0.1, float("nan")]], references=[0, 0])
 

@@ -56,4 +56,9 @@ def test_all_that_is_missing_is_named_at_once(data, model_dir):
 def test_data_is_checked_without_a_model(data, capsys):
     run_all.main(["--data_dir", str(data), "--check_data"])
     printed = capsys.readouterr().out
-    assert "genecis focus_object val: 2 queries (published: 1960)" in printed and "cirr val: 3 queries" in printed
+    assert "genecis focus_object val: 2 queries, but published: 1960" in printed and "cirr val: 3 queries" in printed
+    (data / "CIRR/dev/val-2.png").write_bytes(b"")
+    (data / "FashionIQ/images/dress2.png").write_bytes(b"")
+    (data / "FashionIQ/images/shirt2.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"(?s)cirr: .*val-2.*fashioniq: .*dress dress2.*shirt shirt2"):
+        run_all.main(["--data_dir", str(data), "--check_data"])

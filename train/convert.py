@@ -18,7 +18,6 @@ Checkpoints are read with `weights_only=True`: nothing in them is executed.
 """
 
 import argparse
-import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +66,8 @@ def read_mapper(path: Path, known: Format) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as tensors alone: {error}") from error
+    except Exception as error:  # whatever torch makes of bytes that are no checkpoint
+        raise ValueError(f"{path} cannot be read as tensors alone: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get(known.entry), dict):
         found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} has no {known.entry!r}, but {found}; is --format right?")
@@ -83,6 +82,9 @@ def read_mapper(path: Path, known: Format) -> dict[str, torch.Tensor]:
             f"{path}: {known.entry!r} should hold {sorted(names)}; missing {sorted(names.keys() - state.keys())}, "
             f"left over {sorted(state.keys() - names.keys())}"
         )
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name!r} is no tensor of finite numbers")
     return {ours: state[theirs].float() for theirs, ours in names.items()}
 
 
@@ -117,7 +119,10 @@ def convert(
             f"and words of {ours[1]}: it was trained on another CLIP"
         )
     model.add_mapper()
-    model.mapper.load_state_dict(mapper)
+    try:
+        model.mapper.load_state_dict(mapper)
+    except RuntimeError as error:
+        raise ValueError(f"the mapper's layers do not fit each other: {error}") from error
     processor = TSCIRProcessor.from_clip_pretrained(
         clip,
         num_pseudo_words=1,
@@ -146,10 +151,11 @@ def main() -> None:
     try:
         mapper = read_mapper(args.checkpoint, known)
         model, processor = convert(mapper, known, args.model_name_or_path, args.mapper_input, args.revision)
-    except ValueError as error:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(args.output_dir, backbone="reference")
+        processor.save_pretrained(args.output_dir)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    model.save_pretrained(args.output_dir, backbone="reference")
-    processor.save_pretrained(args.output_dir)
     sys.stdout.write(f"{args.format} on {args.model_name_or_path} written to {args.output_dir}\n")
 
 

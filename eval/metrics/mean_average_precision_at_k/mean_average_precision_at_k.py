@@ -51,4 +51,5 @@ class MeanAveragePrecisionAtK(evaluate.Metric):
                 ranks.append(ranks_of_truths(scores, truths, out))
             except ValueError as error:
                 raise ValueError(f"query {number}: {error}") from error
-        return {f"map_at_{depth}": mean_average_precision_at_k(ranks, depth) for depth in k}
+        depths = [k] if isinstance(k, int) else k
+        return {f"map_at_{depth}": mean_average_precision_at_k(ranks, depth) for depth in depths}

@@ -41,4 +41,5 @@ class SubsetRecallAtK(evaluate.Metric):
                 ranks.append(int(ranks_of_truths(scores, [target])[0]))
             except ValueError as error:
                 raise ValueError(f"query {number}: {error}") from error
-        return {f"subset_recall_at_{depth}": recall_at_k(ranks, depth) for depth in k}
+        depths = [k] if isinstance(k, int) else k
+        return {f"subset_recall_at_{depth}": recall_at_k(ranks, depth) for depth in depths}
