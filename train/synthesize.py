@@ -39,6 +39,7 @@ FUNCTION_WORDS = ARTICLES | {
     "and", "are", "at", "be", "by", "her", "his", "in", "is", "it", "its", "of", "on", "that", "their", "there",
     "these", "this", "those", "to", "with",
 }  # fmt: skip
+CANDIDATES = 16
 TEMPLATES = {
     "replace": ("{added} instead of {removed}", "replace {removed} with {added}", "not {removed} but {added}",
                 "change {removed} to {added}"),
@@ -76,21 +77,34 @@ def trimmed(change: Change) -> Change:
     return Change(phrases)
 
 
-def select_pairs(args: argparse.Namespace, captions: list[list[str]], ids: list) -> list[tuple[int, int]]:
-    """(reference row, target row), nearest captions first for every reference, spread evenly over references."""
-    per_reference = -(-2 * args.num_triplets // max(1, len(captions)))  # twice as many as wanted, as filters drop some
-    near = near_captions(captions, ids, max(1, per_reference), args.min_similarity, args.max_similarity)
+def select_pairs(
+    args: argparse.Namespace, captions: list[list[str]], ids: list, images: torch.Tensor | None
+) -> list[tuple[int, int]]:
+    """(reference row, target row), nearest first for every reference, spread evenly over references.
+
+    Captions say only part of what pictures show. So, where the pictures are embedded, nearest means the most
+    similar pictures among `CANDIDATES` times as many near captions; else the nearest captions.
+    """
+    per_reference = max(1, -(-2 * args.num_triplets // len(captions)))  # twice as many as wanted, as filters drop some
+    count = per_reference if images is None else CANDIDATES * per_reference
+    near = near_captions(captions, ids, count, args.min_similarity, args.max_similarity)
     lists = list(tqdm(near, total=len(captions), desc="nearest captions", unit="caption", mininterval=2))
+    if images is not None:
+        for i, found in enumerate(lists):
+            order = (images[found] @ images[i]).argsort(descending=True)[:per_reference] if found else []
+            lists[i] = [found[j] for j in order]
     pairs = []
     for depth in range(max(map(len, lists), default=0)):
         pairs += [(i, found[depth]) for i, found in enumerate(lists) if len(found) > depth]
     return pairs
 
 
-def clip_filters(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor] | None:
+def picture_features(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Every row's image embedding [n, D] and its caption's fit to it [n], where a CLIP is given."""
     if args.model_name_or_path is None:
-        return None
+        return None, None
+    if args.image_column not in rows.column_names:
+        raise ValueError(f"{args.dataset_name} has no pictures ({args.image_column!r}) for {args.model_name_or_path}")
     model = TSCIRModel.from_clip_pretrained(args.model_name_or_path).to(args.device)
     processor = TSCIRProcessor.from_clip_pretrained(args.model_name_or_path)
     images = embed_images(model, processor, rows[args.image_column], progress="images")
@@ -143,10 +157,10 @@ def synthesize(args: argparse.Namespace) -> dict:
     rows, ids = read_rows(args)
     texts = [str(text) for text in rows[args.caption_column]]
     captions = [words_of(text) for text in texts]
-    pairs = select_pairs(args, captions, ids)
+    images, fits = picture_features(rows, args)
+    pairs = select_pairs(args, captions, ids, images)
     dropped: dict[str, int] = {}
-    if (fit := clip_filters(rows, args)) is not None:
-        images, fits = fit
+    if images is not None:
         wanted = [(i, j) for i, j in pairs if min(fits[i], fits[j]) >= args.min_caption_fit]
         dropped["caption does not fit its picture"] = len(pairs) - len(wanted)
         pairs = [(i, j) for i, j in wanted if float(images[i] @ images[j]) <= args.max_image_similarity]
@@ -229,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quality", default="low", choices=["low", "high"])
     parser.add_argument("--min_similarity", type=float, default=0.3, help="of captions, by their words")
     parser.add_argument("--max_similarity", type=float, default=0.95)
-    parser.add_argument("--model_name_or_path", help="a CLIP for the two filters below; without it they are off")
+    parser.add_argument("--model_name_or_path", help="a CLIP: pairs similar pictures, and filters as below")
     parser.add_argument("--min_caption_fit", type=float, default=0.15, help="cosine of picture and its caption")
     parser.add_argument("--max_image_similarity", type=float, default=0.97, help="cosine of reference and target")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

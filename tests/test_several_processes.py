@@ -1,0 +1,132 @@
+"""What several processes compute is what one computes on the joined batch; and no kill changes what comes of a run."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, randomised
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from safetensors.torch import load_file
+
+
+def torchrun(processes: int, *command) -> dict:
+    """How to start it: gloo on loopback; bits depend on the number of threads, so every process has one."""
+    env = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "train")]),
+    }
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return {"args": [*launcher, *map(str, command)], "cwd": ROOT, "env": env, "text": True}
+
+
+def run_to_its_end(processes: int, *command) -> None:
+    result = subprocess.run(**torchrun(processes, *command), capture_output=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_loss_and_gradients_of_two_processes_are_those_of_one(stage1, processor, pictures, tmp_path):
+    """A batch of eight split over two processes: every query sees all targets, and gradients reach every row."""
+    randomised(stage1.mapper.parameters(), 3)
+    stage1.save_pretrained(tmp_path / "stage1")
+    processor.save_pretrained(tmp_path / "stage1")
+    generator = torch.Generator().manual_seed(0)
+
+    def embeds(*shape: int) -> torch.Tensor:
+        return F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+
+    images, prompt = embeds(8, 24), processor.compose(["red", "that", "a", "b", "c", "red that", "", "x y"])
+    patches = torch.randn(8, 16, 40, generator=generator).bfloat16()
+    first = {"image_embeds": images, "caption_embeds": embeds(8, 24), "patch_states": patches}
+    second = {
+        "rows": torch.arange(8), "pseudo_words": torch.randn(8, 2, 32, generator=generator),
+        "reference_embeds": images, "target_embeds": embeds(8, 24),
+        "target_ids": torch.tensor([0, 1, 2, 3, 0, 5, 6, 7]),
+        "input_ids": prompt["input_ids"], "pseudo_mask": prompt["pseudo_mask"],
+    }  # fmt: skip
+    mined = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(8)])
+    mask = torch.rand(8, 3, generator=generator) > 0.3
+    torch.save({"1": first, "2": second, "mined": mined, "mask": mask}, tmp_path / "batches.pt")
+    stage1.add_adapters()
+    randomised(stage1.trainable_parameters().values(), 4)
+    stage1.save_pretrained(tmp_path / "stage2")
+    processor.save_pretrained(tmp_path / "stage2")
+    for processes in (1, 2):
+        run_to_its_end(processes, ROOT / "tests/two_processes.py", tmp_path)
+    one, two = (load_file(tmp_path / f"gradients-{n}.safetensors") for n in (1, 2))
+    assert one.keys() == two.keys() and {"1 loss", "2 loss"} < one.keys() and len(one) > 30
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert all(any(g.abs().max() > 1e-3 for n, g in one.items() if n.startswith(stage)) for stage in ("1", "2"))
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()]
+    return [*children, *(below for child in children for below in descendants(child))]
+
+
+def run_and_kill(processes: int, rng: random.Random, *command) -> int:
+    """Start a run and SIGKILL all of it at a random moment after its first step; 0 if it ended before."""
+    with subprocess.Popen(
+        **torchrun(processes, *command), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        steps = rng.randint(1, 5)
+        for line in process.stderr:
+            steps -= bool(re.search(r"step \d+ ", line))
+            if steps <= 0:
+                time.sleep(rng.uniform(0, 0.1))  # in the middle of a step, or of writing a checkpoint
+                break
+        for pid in [process.pid, *descendants(process.pid)]:  # torchrun's workers have groups of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.stderr.read()
+    return process.returncode
+
+
+@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 2)])
+def test_a_run_killed_at_random_moments_ends_with_the_same_tensors(processes, kills, clip_dir, captions, tmp_path):
+    """With a worker process that decodes, in the middle of epochs, checkpoints written at every step."""
+
+    def command(output: str, *flags) -> list:
+        parts = ["train/stage1.py", "--model_name_or_path", clip_dir, "--dataset_name", captions]
+        parts += ["--output_dir", tmp_path / output, "--per_device_train_batch_size", 4, "--logging_steps", 1]
+        parts += ["--feature_cache_gb", 0, "--dataloader_num_workers", 1, "--max_steps", 12 * kills]
+        return [*parts, "--num_pseudo_words", 2, *flags]
+
+    run_to_its_end(processes, *command("whole", "--save_steps", 0))
+    rng, flags = random.Random(processes), []
+    for _ in range(kills):
+        assert run_and_kill(processes, rng, *command("killed", "--save_steps", 1, *flags)) == -signal.SIGKILL
+        if list((tmp_path / "killed").glob("checkpoint-*")):
+            flags = ["--resume_from_checkpoint", "latest"]
+    assert flags
+    run_to_its_end(processes, *command("killed", "--save_steps", 1, *flags))
+    whole, killed = (load_file(tmp_path / name / "tscir_delta.safetensors") for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+
+
+@pytest.fixture
+def captions(tmp_path):
+    rng = np.random.default_rng(0)
+    files = []
+    for i in range(24):
+        files.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(files[-1])
+    columns = {"image": files, "caption": [f"red {i}" for i in range(24)]}
+    features = Features({"image": ImageFeature(), "caption": Value("string")})
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "captions" / "train.parquet")
+    return tmp_path / "captions"

@@ -1,0 +1,42 @@
+"""Run by torchrun in a test: loss and gradients of both stages with the batch split over processes."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from stage1 import Stage1Objective
+from stage2 import Miner, Stage2Objective
+
+from modeling_tscir import TSCIRModel, TSCIRProcessor
+
+
+def main(folder: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    data = torch.load(folder / "batches.pt", weights_only=True)
+    found = {}
+    for stage in (1, 2):
+        model = TSCIRModel.from_pretrained(folder / f"stage{stage}").eval()
+        processor = TSCIRProcessor.from_pretrained(folder / f"stage{stage}")
+        trained = model.trainable_parameters()
+        if stage == 1:
+            objective = Stage1Objective(model, processor)
+        else:
+            dataset = type("Targets", (), {"target_embeds": data["2"]["target_embeds"]})
+            miner = Miner(dataset, model, refresh=1)
+            miner.mined, miner.mask = data["mined"], data["mask"]
+            objective = Stage2Objective(model, miner)
+        objective = accelerator.prepare(objective)
+        size = len(next(iter(data[str(stage)].values()))) // accelerator.num_processes
+        rows = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+        terms = objective({name: tensor[rows] for name, tensor in data[str(stage)].items()})
+        accelerator.backward(terms["loss"])
+        found |= {f"{stage} {name}": parameter.grad.clone() for name, parameter in trained.items()}
+        found[f"{stage} loss"] = terms["loss"].detach().reshape(1)
+    if accelerator.is_main_process:
+        save_file(found, folder / f"gradients-{accelerator.num_processes}.safetensors")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
