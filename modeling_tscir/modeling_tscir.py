@@ -1,29 +1,23 @@
 """TSCIRModel: a frozen CLIP, the pseudo-word mapper of stage I and the composing adapters of stage II."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils import ModelOutput, logging
 
 from .adapters import add_composing_adapters, composing, reset_to_identity, uninitialised_lora_layers
-from .backbone import load_backbone, refuse_other_model_types
+from .checkpoint import CheckpointMixin
 from .configuration_tscir import TSCIRConfig
 from .losses import composing_loss
 from .mapper import PseudoWordMapper, initialise_mapper_weights
 
 
 logger = logging.get_logger(__name__)
-DELTA_NAME = "tscir_delta.safetensors"
-FULL_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass
@@ -58,7 +52,7 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor
     return F.normalize(torch.where(near, (1 - weight) * start + weight * end, along), dim=-1)
 
 
-class TSCIRModel(PreTrainedModel):
+class TSCIRModel(CheckpointMixin, PreTrainedModel):
     """Composed image retrieval on a frozen CLIP (arXiv 2504.17990, as design choices of the README declare).
 
     Made from a CLIP by [`~TSCIRModel.from_clip_pretrained`] and from a trained folder by
@@ -305,147 +299,6 @@ class TSCIRModel(PreTrainedModel):
                 reference_weight=self.config.reference_negative_weight,
             )
         return output if return_dict is not False else output.to_tuple()
-
-    # ----- loading and saving
-
-    @classmethod
-    def from_clip_pretrained(
-        cls,
-        model_name_or_path: str | os.PathLike,
-        *,
-        revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
-        attn_implementation: str | None = None,
-        **choices,
-    ) -> "TSCIRModel":
-        """A stage 0 model around any CLIPModel checkpoint: ready to answer training-free, or to be trained.
-
-        Args:
-            model_name_or_path (`str`): Hub name or local folder of a CLIPModel checkpoint, in safetensors.
-            revision (`str`, *optional*): branch, tag or commit on the Hub.
-            dtype (`torch.dtype`): of the loaded weights.
-            attn_implementation (`str`, *optional*): "sdpa", "eager", ...
-            choices: fields of [`TSCIRConfig`].
-
-        Raises:
-            ValueError: if the checkpoint is no CLIPModel.
-        """
-        name = os.fspath(model_name_or_path)
-        clip, fingerprint, commit = load_backbone(name, revision, dtype, attn_implementation)
-        config = TSCIRConfig(
-            clip_config=clip.config.to_dict(),
-            backbone_name_or_path=os.path.abspath(name) if os.path.isdir(name) else name,
-            backbone_revision=commit,
-            backbone_fingerprint=fingerprint,
-            **choices,
-        )
-        return cls._around(config, clip)
-
-    @classmethod
-    def _around(cls, config: TSCIRConfig, clip: CLIPModel) -> "TSCIRModel":
-        """A model on a loaded backbone, whose weights are not touched."""
-        for tensor in clip.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True
-        for module in clip.modules():
-            module._is_hf_initialized = True
-        config._attn_implementation = clip.config._attn_implementation
-        return cls(config, backbone=clip).to(clip.dtype).eval()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Load a folder or Hub repository written by `save_pretrained`, of either form.
-
-        Arguments are those of `PreTrainedModel.from_pretrained`. Weights are read from safetensors alone, in fp32
-        unless `dtype` says otherwise.
-
-        Raises:
-            ValueError: if the checkpoint is of another model type, lacks tensors, or was trained on another backbone.
-        """
-        kwargs.setdefault("dtype", torch.float32)
-        path = pretrained_model_name_or_path
-        if path is None:
-            return super().from_pretrained(path, *model_args, config=config, **kwargs)
-        path = os.fspath(path)
-        hub = {
-            k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if k in kwargs
-        }
-        if config is None:
-            refuse_other_model_types(path, hub)
-            config = cls.config_class.from_pretrained(path, **hub)
-        delta = cached_file(
-            path,
-            DELTA_NAME,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
-        if delta is None:
-            kwargs["use_safetensors"] = True
-            loading = kwargs.pop("output_loading_info", False)
-            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-            problems = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-            if problems:
-                raise ValueError(f"{path} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
-            return (model, info) if loading else model
-        dtype = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32
-        model = cls._from_delta(config, delta, dtype, kwargs.get("attn_implementation"))
-        device = kwargs.get("device_map")
-        if isinstance(device, (str, int, torch.device)) and device != "auto":
-            model.to(device)
-        model.name_or_path = path
-        return model
-
-    @classmethod
-    def _from_delta(cls, config: TSCIRConfig, delta: str, dtype: torch.dtype, attn: str | None) -> "TSCIRModel":
-        name = config.backbone_name_or_path
-        beside = Path(delta).parent / (name or "")
-        if name and not os.path.isabs(name) and beside.is_dir():
-            name = str(beside)
-        clip, fingerprint, _ = load_backbone(name, config.backbone_revision, dtype, attn)
-        if config.backbone_fingerprint and fingerprint != config.backbone_fingerprint:
-            raise ValueError(
-                f"{delta} was trained on another backbone than {name} now holds (fingerprint "
-                f"{config.backbone_fingerprint}, found {fingerprint}); its pseudo-words mean nothing to this one. "
-                "Point backbone_name_or_path and backbone_revision of its config.json to the original weights."
-            )
-        model = cls._around(config, clip)
-        with safe_open(delta, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        wanted = model.delta_state_dict().keys()
-        if tensors.keys() != wanted:
-            problems = sorted(tensors.keys() ^ wanted)
-            raise ValueError(f"{delta} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
-        model.load_state_dict(tensors, strict=False)
-        return model
-
-    def delta_state_dict(self) -> dict[str, torch.Tensor]:
-        """What was trained: the mapper's tensors and the composing adapters'."""
-        return {k: v for k, v in self.state_dict().items() if k.startswith("mapper.") or ".lora_" in k}
-
-    def save_pretrained(self, save_directory, backbone: str = "full", **kwargs):
-        """Write a folder that `from_pretrained` reads, on its own or as remote code.
-
-        Args:
-            save_directory (`str`): the folder.
-            backbone (`str`): "full" writes every tensor; "reference" writes mapper and adapters, and the backbone by
-                name, commit and fingerprint.
-            kwargs: those of `PreTrainedModel.save_pretrained`.
-        """
-        if backbone not in ("full", "reference"):
-            raise ValueError(f'backbone must be "full" or "reference", not {backbone!r}')
-        folder = Path(save_directory)
-        if backbone == "reference":
-            if not self.config.backbone_name_or_path:
-                raise ValueError('this model does not know its backbone\'s name; save it with backbone="full"')
-            delta = {k: v.contiguous() for k, v in self.delta_state_dict().items()}
-            kwargs["state_dict"] = dict(delta)  # saving empties what it is given
-        # Both forms in one folder would contradict each other.
-        for name in (DELTA_NAME, *FULL_NAMES):
-            (folder / name).unlink(missing_ok=True)
-        super().save_pretrained(folder, **kwargs)
-        if backbone == "reference" and kwargs.get("is_main_process", True):
-            (folder / FULL_NAMES[0]).unlink(missing_ok=True)
-            save_file(delta, folder / DELTA_NAME, metadata={"format": "pt"})
 
 
 def new_mapper(config: TSCIRConfig) -> PseudoWordMapper:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from modeling_tscir import TSCIRModel
-from modeling_tscir.modeling_tscir import DELTA_NAME
+from modeling_tscir.checkpoint import DELTA_NAME
 
 
 def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, trained: dict[str, nn.Parameter]) -> None:
