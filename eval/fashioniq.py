@@ -14,9 +14,8 @@ from pathlib import Path
 
 from annotations import field, find_pictures, first_existing, index_of, lookup, read_json, read_records
 from harness import Benchmark, main
+from results import recalls_by_category
 from splits import Ranked, Split
-
-from modeling_tscir.metrics import recall_at_k
 
 
 CATEGORIES = ("dress", "shirt", "toptee")
@@ -96,12 +95,7 @@ def joined(captions: list, order: str, where: str) -> tuple[str, ...]:
 
 
 def metrics(splits: dict[str, Split], ranked: dict[str, Ranked]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for k in DEPTHS:
-        recalls = {c: recall_at_k(ranked[c].gallery.truth_ranks[:, 0], k) for c in splits}
-        values |= {f"fashioniq_{category}_recall_at_{k}": recall for category, recall in recalls.items()}
-        values[f"fashioniq_recall_at_{k}"] = sum(recalls.values()) / len(recalls)
-    return values
+    return recalls_by_category("fashioniq", {c: ranked[c].gallery.truth_ranks[:, 0] for c in splits}, DEPTHS)
 
 
 def published_counts(args: argparse.Namespace) -> dict[str, tuple[int, int]]:

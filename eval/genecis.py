@@ -15,10 +15,10 @@ from pathlib import Path
 from annotations import field, find_pictures, first_existing, read_records
 from harness import Benchmark, main
 from PIL import Image
+from results import recalls_by_category
 from splits import Ranked, Split
 
 from modeling_tscir.images import load_image, pad_to_aspect_ratio
-from modeling_tscir.metrics import recall_at_k
 
 
 TASKS = ("focus_attribute", "change_attribute", "focus_object", "change_object")
@@ -108,12 +108,7 @@ def find_task_pictures(data_dir: Path, numbers: Sequence[int], of_objects: bool)
 
 
 def metrics(splits: dict[str, Split], ranked: dict[str, Ranked]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    for k in DEPTHS:
-        recalls = {task: recall_at_k(ranked[task].candidates.truth_ranks[:, 0], k) for task in splits}
-        values |= {f"genecis_{task}_recall_at_{k}": recall for task, recall in recalls.items()}
-        values[f"genecis_recall_at_{k}"] = sum(recalls.values()) / len(recalls)
-    return values
+    return recalls_by_category("genecis", {t: ranked[t].candidates.truth_ranks[:, 0] for t in splits}, DEPTHS)
 
 
 GENECIS = Benchmark(

@@ -8,11 +8,23 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from splits import Ranked, Split
 
 from modeling_tscir import TSCIRModel, __version__
 from modeling_tscir.feature_cache import digest
+from modeling_tscir.metrics import recall_at_k
 from modeling_tscir.ranking import Ranking
+
+
+def recalls_by_category(name: str, ranks: dict[str, torch.Tensor], depths: Sequence[int]) -> dict[str, float]:
+    """Recall at each depth for every category, from its targets' ranks [Q], and the categories' unweighted mean."""
+    values: dict[str, float] = {}
+    for k in depths:
+        recalls = {category: recall_at_k(own, k) for category, own in ranks.items()}
+        values |= {f"{name}_{category}_recall_at_{k}": recall for category, recall in recalls.items()}
+        values[f"{name}_recall_at_{k}"] = sum(recalls.values()) / len(recalls)
+    return values
 
 
 def counts(name: str, splits: dict[str, Split]) -> dict[str, int]:

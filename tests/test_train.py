@@ -1,5 +1,6 @@
 """Both stages as a user runs them, on a small random CLIP and a few pictures."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import stage1 as stage1_script
 import stage2 as stage2_script
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 from datasets import Dataset, Features, Value
@@ -149,6 +151,27 @@ def test_checkpoints_hold_no_frozen_tensor_and_are_limited(launch, clip_dir, tmp
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert not list(tmp_path.glob("*/model*.safetensors")) and not list(tmp_path.glob("unfinished-*"))
     assert TSCIRModel.from_pretrained(tmp_path / "checkpoint-4").config.stage == 1
+
+
+def test_a_full_disk_stops_a_run_and_keeps_the_last_good_checkpoint(launch, clip_dir, tmp_path, monkeypatch):
+    whole = launch(stage1_script, clip_dir, tmp_path / "whole", "--max_steps", 6)
+    save_state = Accelerator.save_state
+
+    def full_at_the_third(self, folder):
+        if folder.endswith("checkpoint-3"):
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / "half").write_bytes(b"x")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_state(self, folder)
+
+    monkeypatch.setattr(Accelerator, "save_state", full_at_the_third)
+    flags = ["--max_steps", 6, "--save_steps", 1]
+    with pytest.raises(SystemExit, match=r"(?s)step 3 .*No space left.*the last good one is .*checkpoint-2"):
+        launch(stage1_script, clip_dir, tmp_path / "full", *flags)
+    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    monkeypatch.undo()
+    flags += ["--resume_from_checkpoint", "latest"]
+    assert same(whole, launch(stage1_script, clip_dir, tmp_path / "full", *flags))
 
 
 def test_bf16_clipping_tensorboard_and_workers(launch, clip_dir, tmp_path):

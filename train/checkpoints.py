@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -34,14 +35,27 @@ def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, train
 
 
 def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit: int) -> Path:
-    """Write `checkpoint-STEP` aside and move it into place, then drop the oldest beyond `limit`."""
+    """Write `checkpoint-STEP` aside and move it into place, then drop the oldest beyond `limit`.
+
+    Raises:
+        SystemExit: saying why it could not be written, as on a full disk; checkpoints from before stay as they are.
+    """
     final = Path(output_dir, f"checkpoint-{step}")
     aside = final.with_name(f"unfinished-{final.name}")
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    try:
+        accelerator.save_state(str(aside))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = list_checkpoints(output_dir)
+        raise SystemExit(
+            f"error: the checkpoint of step {step} could not be written to {output_dir}: {error}\n"
+            "Make room, then go on with --resume_from_checkpoint latest; the last good one is "
+            f"{kept[-1] if kept else 'none'}"
+        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.replace(aside, final)
