@@ -49,10 +49,12 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
     try:
         accelerator.save_state(str(aside))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        free = shutil.disk_usage(output_dir).free / 2**20
         shutil.rmtree(aside, ignore_errors=True)
         kept = list_checkpoints(output_dir)
         raise SystemExit(
-            f"error: the checkpoint of step {step} could not be written to {output_dir}: {error}\n"
+            f"error: the checkpoint of step {step} could not be written to {output_dir}, which has {free:.0f} MiB free: "
+            f"{error}\n"
             "Make room, then go on with --resume_from_checkpoint latest; the last good one is "
             f"{kept[-1] if kept else 'none'}"
         ) from error
