@@ -53,8 +53,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
         shutil.rmtree(aside, ignore_errors=True)
         kept = list_checkpoints(output_dir)
         raise SystemExit(
-            f"error: the checkpoint of step {step} could not be written to {output_dir}, which has {free:.0f} MiB free: "
-            f"{error}\n"
+            f"error: the checkpoint of step {step} could not be written: {error}\n"
+            f"{output_dir} has {free:.0f} MiB free. "
             "Make room, then go on with --resume_from_checkpoint latest; the last good one is "
             f"{kept[-1] if kept else 'none'}"
         ) from error
