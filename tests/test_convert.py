@@ -1,12 +1,14 @@
 """State dicts of the published shapes against forwards written here, from the layers that the peers' papers give."""
 
 import math
+import shutil
 import sys
 
 import convert
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPConfig, CLIPModel
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_queries
@@ -20,12 +22,14 @@ def tensors(shapes: dict[str, tuple], seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) / shape[-1] ** 0.5 for name, shape in shapes.items()}
 
 
-def published(name: str) -> dict:
-    """A checkpoint's content, in the layout that the peer publishes."""
+def published(name: str, width: int = WIDTH, words: int = WORDS) -> dict:
+    """A checkpoint's content, in the layout that the peer publishes; for ViT-L/14 both widths are 768."""
     if name == "pic2word":
-        shapes = {"layers.0.0": (48, WIDTH), "layers.1.0": (48, 48), "fc_out": (WORDS, 48)}
+        middle = 512 if width == 768 else 48
+        shapes = {"layers.0.0": (middle, width), "layers.1.0": (middle, middle), "fc_out": (words, middle)}
     else:
-        shapes = {"layers.0": (HIDDEN, WIDTH), "layers.3": (HIDDEN, HIDDEN), "layers.6": (WORDS, HIDDEN)}
+        hidden = 4 * width
+        shapes = {"layers.0": (hidden, width), "layers.3": (hidden, hidden), "layers.6": (words, hidden)}
     both = {f"{layer}.weight": shape for layer, shape in shapes.items()}
     both |= {f"{layer}.bias": shape[:1] for layer, shape in shapes.items()}
     state = tensors(both)
@@ -86,6 +90,24 @@ def test_a_converted_folder_gives_the_peers_pseudo_words_and_queries(
     found = embed_queries(model, processor, pictures, [0, 1, 2], ["red"] * 3)
     torch.testing.assert_close(found, text / text.norm(dim=-1, keepdim=True), atol=1e-5, rtol=1e-5)
     assert processor.padded_aspect_ratio == (1.25 if name == "searle" else None)
+
+
+@pytest.mark.parametrize("name", ["pic2word", "searle", "lincir"])
+def test_the_published_sizes(name, clip_dir, pictures, tmp_path):
+    """768 to 512 to 768 (Pic2Word), 768 to 3072 to 768 (SEARLE, LinCIR), on a CLIP of ViT-L/14's widths."""
+    config = CLIPConfig.from_pretrained(clip_dir)
+    config.projection_dim = config.text_config.hidden_size = 768
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    shutil.copytree(clip_dir, tmp_path / "clip")
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    content = published(name, 768, 768)
+    torch.save(content, tmp_path / "peer.pt")
+    known = convert.FORMATS[name]
+    model, processor = convert.convert(convert.read_mapper(tmp_path / "peer.pt", known), known, str(tmp_path / "clip"))
+    pixels = processor(images=pictures[:2])["pixel_values"]
+    with torch.no_grad():
+        expected = independent_forward(name, content, model.get_image_features(pixels))
+        torch.testing.assert_close(model.encode_reference(pixels)[1][:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_mapper_of_normalised_features(clip, clip_dir, pictures, tmp_path):
