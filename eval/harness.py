@@ -283,26 +283,9 @@ def run(
     public = all(split.truths is not None for split in splits.values())
     results: dict[str, object] = dict(benchmark.metrics(splits, ranked)) if public else {}
     results |= counts(benchmark.name, splits)
-    results |= {
-        "primary_metric": benchmark.primary_metric if public else None,
-        "method": method,
-        "weight": weight,
-        "protocol": {"split": args.split}
-        | benchmark.protocol(args)
-        | {
-            "prompt_template": processor.prompt_template,
-            "preprocessing": preprocessing_of(processor),
-            "dtype": args.dtype,
-        },
-        "model": describe_model(model, args.model_name_or_path),
-        "data": describe_data(splits),
-        "published_counts": published_counts(benchmark, args, splits),
-        "skipped_images": skipped,
-        "skipped_queries": sum(len(whole[c].query_ids) - len(split.query_ids) for c, split in splits.items()),
-        "skipped_truths_of_other_queries": sum(map(lost_truths, whole.values(), splits.values())),
-        "versions": versions(),
-        "command": shlex.join(sys.argv),
-    }
+    results["primary_metric"] = benchmark.primary_metric if public else None
+    results |= {"method": method, "weight": weight} | describe_run(benchmark, args, model, processor, splits)
+    results |= describe_losses(whole, splits, skipped)
     files = {"results.json": results}
     if not public and benchmark.submissions is not None:
         files |= benchmark.submissions(splits[""], ranked[""])
@@ -311,6 +294,26 @@ def run(
         indent = 2 if name == "results.json" else None
         (args.output_dir / name).write_text(json.dumps(content, indent=indent), encoding="utf-8")
     return results
+
+
+def describe_run(
+    benchmark: Benchmark, args, model: TSCIRModel, processor: TSCIRProcessor, splits: dict[str, Split]
+) -> dict:
+    """Everything but the metrics that somebody needs to get the same figures, or to know why they do not."""
+    protocol = {"split": args.split} | benchmark.protocol(args)
+    protocol |= {
+        "prompt_template": processor.prompt_template,
+        "preprocessing": preprocessing_of(processor),
+        "dtype": args.dtype,
+    }
+    return {
+        "protocol": protocol,
+        "model": describe_model(model, args.model_name_or_path),
+        "data": describe_data(splits),
+        "published_counts": published_counts(benchmark, args, splits),
+        "versions": versions(),
+        "command": shlex.join(sys.argv),
+    }
 
 
 def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, float | None]:
@@ -326,12 +329,19 @@ def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, 
     return args.method, default if args.weight is None else args.weight
 
 
-def lost_truths(before: Split, after: Split) -> int:
-    """How many right answers queries lost that are still asked."""
-    if before.truths is None:
-        return 0
-    number = {query: len(truths) for query, truths in zip(before.query_ids, before.truths, strict=True)}
-    return sum(number[query] - len(truths) for query, truths in zip(after.query_ids, after.truths, strict=True))
+def describe_losses(whole: dict[str, Split], splits: dict[str, Split], skipped: list[str]) -> dict:
+    """What skipped pictures cost: queries, and right answers of the queries that are left."""
+    lost_truths = 0
+    for category, split in splits.items():
+        if split.truths is not None:
+            before = dict(zip(whole[category].query_ids, whole[category].truths, strict=True))
+            own = zip(split.query_ids, split.truths, strict=True)
+            lost_truths += sum(len(before[query]) - len(truths) for query, truths in own)
+    return {
+        "skipped_images": skipped,
+        "skipped_queries": sum(len(whole[c].query_ids) - len(split.query_ids) for c, split in splits.items()),
+        "skipped_truths_of_other_queries": lost_truths,
+    }
 
 
 def published_counts(benchmark: Benchmark, args, splits: dict[str, Split]) -> dict[str, dict]:
