@@ -97,7 +97,7 @@ def run_and_kill(processes: int, rng: random.Random, *command) -> int:
     return process.returncode
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 10), (2, 2)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 3), (2, 2), pytest.param(1, 10, marks=pytest.mark.slow)])
 def test_a_run_killed_at_random_moments_ends_with_the_same_tensors(processes, kills, clip_dir, captions, tmp_path):
     """With a worker process that decodes, in the middle of epochs, checkpoints written at every step."""
 
