@@ -108,6 +108,16 @@ def compare(output: Path, world: Path, short: bool) -> tuple[dict[str, dict], di
     return results, per_query, drawn
 
 
+def embed_galleries(output: Path, world: Path) -> None:
+    """Every picture of both worlds, into the cache that `compare` reads."""
+    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    for name in ("test", "val"):
+        for folder in BENCHMARKS:
+            args, splits = read_benchmark(folder, world / name, output, None)
+            for split in splits.values():
+                embed_pictures(*clip, split, args)
+
+
 def tuned_weights(folder: str, world: Path, output: Path, clip, num_queries: int | None) -> dict[str, float]:
     """The text's share in sum and slerp with the best primary metric on the val world."""
     benchmark = BENCHMARKS[folder]
@@ -168,3 +178,7 @@ def table(results: dict[str, dict]) -> str:
         ]
         lines.append(f"{title:42}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    embed_galleries(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -39,9 +40,14 @@ def train_all(output: Path, world: Path, seed: int, short: bool) -> None:
     few = ["--max_steps", "12", "--dataset_train_split", "train[:1024]"] if short else []
     cache = ["--feature_cache_dir", str(output / "cache")]
     plain = ["--num_injection_blocks", "0", "--soft_alignment_weight", "0"]
-    launch(1, output / "stage1", CLIP, world, seed, *few, *cache)
-    launch(1, output / "mlp", CLIP, world, seed, *few, *cache, *plain)
-    launch(2, output / "stage2", output / "stage1", world, seed, *few)
+    # Training leaves a core half idle, so the galleries and the baseline are worked on beside it.
+    with ThreadPoolExecutor() as beside:
+        embed = [sys.executable, "-m", "miniature.compare", str(output), str(world)]
+        galleries = beside.submit(subprocess.run, embed, check=True)
+        launch(1, output / "stage1", CLIP, world, seed, *few, *cache)
+        mlp = beside.submit(launch, 1, output / "mlp", CLIP, world, seed, *few, *cache, *plain)
+        launch(2, output / "stage2", output / "stage1", world, seed, *few)
+        galleries.result(), mlp.result()
 
 
 def draw(output: Path, test, queries: torch.Tensor, image_embeds: torch.Tensor) -> None:
