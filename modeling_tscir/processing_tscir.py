@@ -129,31 +129,41 @@ class TSCIRProcessor(ProcessorMixin):
         rows = [[self.tokenizer.bos_token_id, *self._cut(ids, room), self.tokenizer.eos_token_id] for ids in pieces]
         return self._pad(rows)
 
-    def compose(self, texts: list[str]) -> dict[str, torch.Tensor]:
+    def compose(self, texts: list[str], captions: list[str] | None = None) -> dict[str, torch.Tensor]:
         """Prompts with places for pseudo-words: input_ids, attention_mask and boolean pseudo_mask, [B, L].
 
         A text that is too long is cut at its own end, so that the pseudo-words, the rest of the prompt and EOS stay.
         An empty text gives the prompt of the image alone.
+
+        Args:
+            texts: modifications.
+            captions: of the images, to stand where their pseudo-words would; pseudo_mask is False then. At most half
+                of what the text encoder reads is given to them.
         """
         rows, starts = [], []
-        for ids in self._pieces(texts):
-            row, start = self._prompt(ids)
+        pieces = [None] * len(texts) if captions is None else self._pieces(captions)
+        for ids, caption_ids in zip(self._pieces(texts), pieces, strict=True):
+            row, start = self._prompt(ids, caption_ids)
             rows.append(row)
             starts.append(start)
         batch = self._pad(rows)
         places = torch.arange(batch["input_ids"].shape[1])[None, :]
         first = torch.tensor(starts)[:, None]
-        batch["pseudo_mask"] = (places >= first) & (places < first + self.num_pseudo_words)
+        count = self.num_pseudo_words if captions is None else 0
+        batch["pseudo_mask"] = (places >= first) & (places < first + count)
         return batch
 
-    def _prompt(self, text_ids: list[int]) -> tuple[list[int], int]:
-        """Token ids of one prompt, and where its pseudo-words start."""
+    def _prompt(self, text_ids: list[int], caption_ids: list[int] | None = None) -> tuple[list[int], int]:
+        """Token ids of one prompt, and where its pseudo-words, or the caption in their place, start."""
         template = self.prompt_template if text_ids else self.image_template
         before, after = template.split("{image}")
         between, end = after.split("{text}") if text_ids else (after, "")
         before, between, end = self._pieces([before, between, end])
-        # Any id will do where a pseudo-word goes: its embedding is replaced by position, never by id.
-        places = [self.tokenizer.bos_token_id] * self.num_pseudo_words
+        if caption_ids is None:
+            # Any id will do where a pseudo-word goes: its embedding is replaced by position, never by id.
+            places = [self.tokenizer.bos_token_id] * self.num_pseudo_words
+        else:
+            places = self._cut(caption_ids, self.max_length // 2)
         fixed = 2 + len(before) + len(places) + len(between) + len(end)
         text_ids = self._cut(text_ids, self.max_length - fixed)
         row = [self.tokenizer.bos_token_id, *before, *places, *between, *text_ids, *end, self.tokenizer.eos_token_id]

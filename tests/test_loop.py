@@ -3,8 +3,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from arguments import parse_arguments
 from checkpoints import find_checkpoint, list_checkpoints
-from loop import GroupedBatches, gather_with_gradient, parse_arguments
+from gradients import gather_with_gradient
+from rows import GroupedBatches
 
 
 @dataclass

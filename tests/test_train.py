@@ -15,11 +15,13 @@ import stage2 as stage2_script
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from arguments import DataArguments
 from conftest import ROOT
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from loop import DataArguments, load_rows
+from mining import Miner
 from PIL import Image
+from rows import load_rows
 from safetensors.torch import load_file
 
 from modeling_tscir import BadImagesError, TSCIRModel
@@ -204,7 +206,8 @@ def test_patches_beyond_the_budget_are_computed_again_to_the_same(data, stage0, 
         dataset = stage1_script.Stage1Data(rows, stage0, processor, arguments, stage1_script.Stage1Arguments())
         batch = dataset.__getitems__([3, 1, 20])
         assert ("patch_states" in batch, "pixel_values" in batch) == (budget > 0, budget == 0)
-        losses.append(objective(batch)["loss"].item())
+        features = objective.frozen(batch)
+        losses.append(objective.loss(objective(features), features)["loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=0.02)  # bf16 once, bf16 twice
 
 
@@ -237,21 +240,24 @@ def test_mined_negatives_are_the_nearest_wrong_targets(data, stage2, processor):
     for column in ("reference", "target"):
         rows = rows.cast_column(column, ImageFeature(decode=False))
     dataset = stage2_script.Stage2Data(rows, stage2, processor, DataArguments(), stage2_script.Stage2Arguments())
-    miner = stage2_script.Miner(dataset, stage2, refresh=1, batch_size=5)
+    miner = Miner(dataset, stage2, refresh=1, batch_size=5)
     assert miner.negatives(torch.tensor([0])) == {}
     targets = dataset.target_embeds
     ceiling = float((targets @ targets.T).fill_diagonal_(-1).median()) + 1e-5
-    miner.mine(count=3, ceiling=ceiling)
+    counted = miner.mine(list(range(24)), count=3, ceiling=ceiling)
     batch = dataset.__getitems__(list(range(24)))
     with torch.no_grad():
         queries = stage2.encode_with_pseudo_words(batch["input_ids"], batch["pseudo_mask"], batch["pseudo_words"])
+    dropped = 0
     for row in range(24):
         nearest = [j for j in (queries[row] @ targets.T).argsort(descending=True).tolist() if j != row][:6]
+        dropped += sum(bool(targets[j] @ targets[row] > ceiling) for j in nearest)
         allowed = [j for j in nearest if targets[j] @ targets[row] <= ceiling][:3]
         assert [
             j for j, used in zip(miner.mined[row].tolist(), miner.mask[row].tolist(), strict=True) if used
         ] == allowed
     assert not miner.mask.all()
+    assert counted == {"mined_dropped": dropped, "mined_dropped_share": pytest.approx(dropped / (24 * 6))}
 
 
 def test_bad_pictures_stop_a_run_before_it_starts_or_are_skipped(launch, clip_dir, data, tmp_path, monkeypatch):

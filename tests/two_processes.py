@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from gradients import backward
+from mining import Miner
 from safetensors.torch import save_file
 from stage1 import Stage1Objective
-from stage2 import Miner, Stage2Objective
+from stage2 import Stage2Objective
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 
@@ -25,15 +27,17 @@ def main(folder: Path) -> None:
         else:
             dataset = type("Targets", (), {"target_embeds": data["2"]["target_embeds"]})
             miner = Miner(dataset, model, refresh=1)
-            miner.mined, miner.mask = data["mined"], data["mask"]
+            miner.rows, miner.mined, miner.mask = data["2"]["rows"], data["mined"], data["mask"]
             objective = Stage2Objective(model, miner)
         objective = accelerator.prepare(objective)
         size = len(next(iter(data[str(stage)].values()))) // accelerator.num_processes
         rows = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
-        terms = objective({name: tensor[rows] for name, tensor in data[str(stage)].items()})
-        accelerator.backward(terms["loss"])
-        found |= {f"{stage} {name}": parameter.grad.clone() for name, parameter in trained.items()}
-        found[f"{stage} loss"] = terms["loss"].detach().reshape(1)
+        batch = {name: tensor[rows] for name, tensor in data[str(stage)].items()}
+        for chunk in (0, 3):
+            terms = backward(accelerator, objective, batch, chunk)
+            found |= {f"{stage} chunk {chunk} {name}": p.grad.clone() for name, p in trained.items()}
+            found[f"{stage} chunk {chunk} loss"] = terms["loss"].detach().reshape(1)
+            objective.zero_grad()
     if accelerator.is_main_process:
         save_file(found, folder / f"gradients-{accelerator.num_processes}.safetensors")
 

@@ -1,8 +1,11 @@
 """Checkpoints of a run: what is trained, with the state to go on from; written aside and moved into place."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from modeling_tscir import TSCIRModel
+from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.checkpoint import DELTA_NAME
 
 
@@ -34,6 +37,42 @@ def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, train
     accelerator.register_load_state_pre_hook(load)
 
 
+@contextlib.contextmanager
+def _said_if_full(output_dir: str, what: str, aside: Path) -> Iterator[None]:
+    """`SystemExit` saying why `what` could not be written, as on a full disk; what was written before stays."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        free = shutil.disk_usage(output_dir).free / 2**20
+        shutil.rmtree(aside, ignore_errors=True)
+        kept = list_checkpoints(output_dir)
+        raise SystemExit(
+            f"error: {what} could not be written: {error}\n"
+            f"{output_dir} has {free:.0f} MiB free. "
+            "Make room, then go on with --resume_from_checkpoint latest; the last good one is "
+            f"{kept[-1] if kept else 'none'}"
+        ) from error
+
+
+def save_best(output_dir: str, model: TSCIRModel, processor: TSCIRProcessor, validation: dict) -> None:
+    """Write model, processor and `validation.json` to `best/`, aside first, then moved into place.
+
+    Raises:
+        SystemExit: as `save_checkpoint`.
+    """
+    final, aside, old = (Path(output_dir, name) for name in ("best", "unfinished-best", "replaced-best"))
+    shutil.rmtree(aside, ignore_errors=True)
+    with _said_if_full(output_dir, f"the best weights, of step {validation['step']},", aside):
+        model.save_pretrained(aside, backbone="reference")
+        processor.save_pretrained(aside)
+        (aside / "validation.json").write_text(json.dumps(validation, indent=2), encoding="utf-8")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(aside, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit: int) -> Path:
     """Write `checkpoint-STEP` aside and move it into place, then drop the oldest beyond `limit`.
 
@@ -46,18 +85,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
     accelerator.wait_for_everyone()
-    try:
+    with _said_if_full(output_dir, f"the checkpoint of step {step}", aside):
         accelerator.save_state(str(aside))
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        free = shutil.disk_usage(output_dir).free / 2**20
-        shutil.rmtree(aside, ignore_errors=True)
-        kept = list_checkpoints(output_dir)
-        raise SystemExit(
-            f"error: the checkpoint of step {step} could not be written: {error}\n"
-            f"{output_dir} has {free:.0f} MiB free. "
-            "Make room, then go on with --resume_from_checkpoint latest; the last good one is "
-            f"{kept[-1] if kept else 'none'}"
-        ) from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.replace(aside, final)

@@ -6,24 +6,25 @@
 Rows need a picture and a caption. `--num_injection_blocks 0 --soft_alignment_weight 0` trains the plain MLP baseline.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from arguments import DataArguments, LoopArguments, parse_arguments
 from datasets import Dataset
-from loop import (
-    DataArguments,
-    LoopArguments,
-    gather_with_gradient,
-    load_rows,
-    make_accelerator,
-    parse_arguments,
-    train,
-)
-from torch import nn
+from gradients import Objective, gather_with_gradient
+from loop import make_accelerator, train
+from rows import RowBatches, hold_out, in_batches, load_rows
+from stream import Examples, StreamBatches, hold_out_shard, load_stream, shard_batches
+from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_texts
 from modeling_tscir.feature_cache import cached, feature_key
+from modeling_tscir.images import load_image
 from modeling_tscir.losses import info_nce_loss, soft_alignment_loss
 
 
@@ -33,6 +34,12 @@ class Stage1Arguments:
 
     image_column: str = field(default="image", metadata={"help": "Column of pictures."})
     caption_column: str = field(default="caption", metadata={"help": "Column of captions."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the data as it comes, without storing any of it; needs --max_steps."}
+    )
+    shuffle_buffer_size: int = field(
+        default=4096, metadata={"help": "Rows that a worker of a stream holds, encoded, and shuffles together."}
+    )
     num_pseudo_words: int | None = field(default=None, metadata={"help": "M, pseudo-words an image."})
     num_injection_blocks: int | None = field(
         default=None, metadata={"help": "K, blocks of injection; 0 switches it off."}
@@ -45,15 +52,16 @@ class Stage1Arguments:
     )
 
     def choices(self) -> dict:
-        given = {k: v for k, v in vars(self).items() if not k.endswith("_column")}
-        return {k: v for k, v in given.items() if v is not None}
+        of_data = {"image_column", "caption_column", "streaming", "shuffle_buffer_size"}
+        return {k: v for k, v in vars(self).items() if k not in of_data and v is not None}
 
 
 class Stage1Data(torch.utils.data.Dataset):
-    """Rows as frozen features: v(x) and u(c) always, P(x) where it fits the budget, else pixel values.
+    """Rows as frozen features: u(c) always, v(x) and P(x) unless patch states are needed and exceed their budget.
 
-    A batch of B rows is {"image_embeds" [B, D], "caption_embeds" [B, D]} and, where the mapper needs patches, either
-    "patch_states" [B, N, d_v] (bf16) or "pixel_values" [B, 3, H, W].
+    A batch of B rows is {"caption_embeds" [B, D]} and either {"image_embeds" [B, D]}, with "patch_states"
+    [B, N, d_v] (bf16) if the mapper needs them, or {"pixel_values" [B, 3, H, W]}, from which `Stage1Objective.frozen`
+    computes both.
     """
 
     def __init__(
@@ -63,55 +71,96 @@ class Stage1Data(torch.utils.data.Dataset):
         vision = model.config.clip_config.vision_config
         num_patches = (vision.image_size // vision.patch_size) ** 2
         needed_gb = len(rows) * num_patches * vision.hidden_size * 2 / 2**30
-        self.patch_states = None
-        self.pixels_needed = model.mapper.needs_patches and needed_gb > data.feature_cache_gb
-        if model.mapper.needs_patches and not self.pixels_needed:
-            self.image_embeds, self.patch_states = embed_images_with_patches(
-                model, processor, self.images, data.feature_batch_size, progress="images"
-            )
-
-        def image_embeds() -> torch.Tensor:
-            if self.patch_states is not None:
-                return self.image_embeds
-            return embed_images(model, processor, self.images, data.feature_batch_size, progress="images")
-
-        def caption_embeds() -> torch.Tensor:
-            return embed_texts(model, processor, list(rows[args.caption_column]), progress="captions")
-
+        self.image_embeds = self.patch_states = None
         # The fingerprint of datasets changes with the files and with everything done to the rows.
         content = [rows._fingerprint, len(rows)]
         keys = [feature_key(model, processor, [*content, c]) for c in (args.image_column, args.caption_column)]
-        self.image_embeds = cached(data.feature_cache_dir, keys[0], image_embeds)
-        self.caption_embeds = cached(data.feature_cache_dir, keys[1], caption_embeds)
+        if not model.mapper.needs_patches:
+            self.image_embeds = cached(
+                data.feature_cache_dir,
+                keys[0],
+                lambda: embed_images(model, processor, self.images, data.feature_batch_size, progress="images"),
+            )
+        elif needed_gb <= data.feature_cache_gb:
+            embeds, self.patch_states = embed_images_with_patches(
+                model, processor, self.images, data.feature_batch_size, progress="images"
+            )
+            self.image_embeds = cached(data.feature_cache_dir, keys[0], lambda: embeds)
+        self.caption_embeds = cached(
+            data.feature_cache_dir,
+            keys[1],
+            lambda: embed_texts(model, processor, list(rows[args.caption_column]), progress="captions"),
+        )
 
     def __len__(self) -> int:
-        return len(self.image_embeds)
+        return len(self.caption_embeds)
 
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         index = torch.tensor(rows)
-        batch = {"image_embeds": self.image_embeds[index], "caption_embeds": self.caption_embeds[index]}
+        batch = {"caption_embeds": self.caption_embeds[index]}
+        if self.image_embeds is None:
+            return batch | {"pixel_values": self.processor.pixel_values([self.images[i] for i in rows])}
+        batch["image_embeds"] = self.image_embeds[index]
         if self.patch_states is not None:
             batch["patch_states"] = self.patch_states[index]
-        elif self.pixels_needed:
-            batch["pixel_values"] = self.processor.pixel_values([self.images[i] for i in rows])
         return batch
 
 
-class Stage1Objective(nn.Module):
+class CaptionedImages(Examples):
+    """How a stream's examples become a batch: {"pixel_values" [B, 3, H, W], "input_ids", "attention_mask" [B, L]}."""
+
+    def __init__(self, processor: TSCIRProcessor, args: Stage1Arguments):
+        self.processor, self.image, self.caption = processor, args.image_column, args.caption_column
+
+    def decode(self, example: dict) -> str | None:
+        """Decode the picture in place; why the example cannot be used, or None."""
+        if example[self.caption] is None:
+            return f"no text in column {self.caption}"
+        try:
+            example[self.image] = load_image(example[self.image])
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def make_batch(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        texts = self.processor.tokenize([example[self.caption] for example in examples])
+        return {"pixel_values": self.processor.pixel_values([example[self.image] for example in examples]), **texts}
+
+
+class Stage1Objective(Objective):
     """L = L_img + lambda_soft L_soft, over the batch of all processes."""
 
+    target = reference = "image_embeds"
+
     def __init__(self, model: TSCIRModel, processor: TSCIRProcessor):
-        super().__init__()
-        self.model, self.logit_scale = model, model.logit_scale
+        super().__init__(model)
         self.prompt = processor.compose([""])
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        config = self.model.config
-        images, captions = batch["image_embeds"], batch["caption_embeds"]  # v(x), u(c): [B, D]
-        words = self.model.get_pseudo_words(images, self.patches(batch, images.device))  # [B, M, d_t]
+    @torch.no_grad()
+    def frozen(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """v(x) [B, D], P(x) [B, N, d_v] (bf16) where the mapper needs them, and u(c) [B, D]."""
+        features = {k: v for k, v in batch.items() if k in ("image_embeds", "patch_states", "caption_embeds")}
+        with bf16_where_fast(self.device):
+            if "pixel_values" in batch:
+                features["image_embeds"], patches = self.model.encode_image(batch["pixel_values"].to(self.model.dtype))
+                if self.model.mapper.needs_patches:
+                    features["patch_states"] = patches.bfloat16()
+            if "input_ids" in batch:
+                texts = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
+                features["caption_embeds"] = F.normalize(texts.float(), dim=-1)
+        return features
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        images, patches = features["image_embeds"].to(self.model.dtype), features.get("patch_states")
+        words = self.model.get_pseudo_words(images, None if patches is None else patches.to(self.model.dtype))
         ids, mask = (self.prompt[k].to(images.device).expand(len(images), -1) for k in ("input_ids", "pseudo_mask"))
-        pseudo = self.model.encode_with_pseudo_words(ids, mask, words)  # q(x): [B, D]
-        pseudo, images, captions = (gather_with_gradient(x.float()) for x in (pseudo, images, captions))
+        return self.model.encode_with_pseudo_words(ids, mask, words).float()  # q(x): [B, D]
+
+    def loss(self, queries: torch.Tensor, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        config = self.model.config
+        pseudo, images, captions = (
+            gather_with_gradient(x.float()) for x in (queries, features["image_embeds"], features["caption_embeds"])
+        )
         terms = {"image_loss": info_nce_loss(pseudo, images, self.logit_scale)}
         loss = terms["image_loss"]
         if config.soft_alignment_weight > 0:
@@ -119,15 +168,15 @@ class Stage1Objective(nn.Module):
                 pseudo, images, captions, config.soft_alignment_temperature
             )
             loss = loss + config.soft_alignment_weight * terms["soft_alignment_loss"]
+        terms["image_similarity"] = (pseudo * images).sum(-1).mean()
+        terms["caption_similarity"] = (pseudo * captions).sum(-1).mean()
         return {"loss": loss, **terms}
 
-    def patches(self, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor | None:
-        if "patch_states" in batch:
-            return batch["patch_states"].to(self.model.dtype)
-        if "pixel_values" not in batch:
-            return None
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            return self.model.encode_image(batch["pixel_values"])[1].to(self.model.dtype)
+
+def bf16_where_fast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast to bf16 on GPUs and on CPUs with AMX; on other CPUs bf16 is slower than fp32."""
+    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
 
 
 def main() -> None:
@@ -138,15 +187,60 @@ def main() -> None:
         description=__doc__,
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
+    if args.streaming and loop.max_steps <= 0:
+        raise ValueError("a stream has no known length: say how long to train, --max_steps")
     accelerator = make_accelerator(loop)
     model = TSCIRModel.from_clip_pretrained(data.model_name_or_path, **args.choices())
     processor = TSCIRProcessor.from_clip_pretrained(data.model_name_or_path, model.config.num_pseudo_words)
     model.add_mapper()
     model.to(accelerator.device)
+    objective = Stage1Objective(model, processor)
+    prepare = stream_data if args.streaming else row_data
+    batches, held_out = prepare(accelerator, model, processor, loop, data, args)
+    validation = Validation(objective, held_out) if held_out and accelerator.is_main_process else None
+    train(accelerator, objective, model, processor, batches, loop, vars(data) | vars(args), validation)
+
+
+def row_data(
+    accelerator: Accelerator,
+    model: TSCIRModel,
+    processor: TSCIRProcessor,
+    loop: LoopArguments,
+    data: DataArguments,
+    args: Stage1Arguments,
+) -> tuple[RowBatches, Iterator[dict] | None]:
+    """Batches of a dataset of known size, and of the rows held out."""
     columns = {args.image_column: "the picture", args.caption_column: "its caption"}
     rows, skipped = load_rows(data, columns, images=[args.image_column])
+    rows, held_out = hold_out(rows, data.validation_rows, loop.seed)
     dataset = Stage1Data(rows, model, processor, data, args)
-    train(accelerator, Stage1Objective(model, processor), model, processor, dataset, loop, skipped)
+    batches = RowBatches(accelerator, dataset, loop, skipped=skipped)
+    if held_out is None or not accelerator.is_main_process:
+        return batches, None
+    return batches, in_batches(Stage1Data(held_out, model, processor, data, args), data.feature_batch_size)
+
+
+def stream_data(
+    accelerator: Accelerator,
+    model: TSCIRModel,
+    processor: TSCIRProcessor,
+    loop: LoopArguments,
+    data: DataArguments,
+    args: Stage1Arguments,
+) -> tuple[StreamBatches, Iterator[dict] | None]:
+    """Batches of a stream, and of the shard held out."""
+    columns = {args.image_column: "the picture", args.caption_column: "its caption"}
+    rows, examples = load_stream(data, columns, images=[args.image_column]), CaptionedImages(processor, args)
+    shards, held_out = list(range(rows.num_shards)), None
+    if data.validation_rows > 0:
+        held_out = hold_out_shard(rows, loop.seed)
+        shards.remove(held_out)
+    batches = StreamBatches(accelerator, rows, shards, examples, loop, args.shuffle_buffer_size, data.on_bad_image)
+    if held_out is None or not accelerator.is_main_process:
+        return batches, None
+    return batches, shard_batches(
+        rows, held_out, data.validation_rows, examples, data.feature_batch_size, data.on_bad_image
+    )
 
 
 if __name__ == "__main__":

@@ -5,28 +5,24 @@
 
 Rows need a reference picture, a modification text and a target picture. Rows of one `reference_id` share a batch, so
 that targets of other edits of the same reference are hard negatives; rows of one `target_id` are never negatives of
-each other.
+each other. Text triplets will do as well: where the data has captions in place of pictures, a reference's caption
+stands in the prompt where its pseudo-words would, and the target is its caption's embedding.
 """
 
 from dataclasses import dataclass, field
 
 import torch
+from arguments import DataArguments, LoopArguments, parse_arguments
 from datasets import Dataset
-from loop import (
-    DataArguments,
-    LoopArguments,
-    gather_with_gradient,
-    load_rows,
-    make_accelerator,
-    parse_arguments,
-    train,
-)
-from torch import nn
+from gradients import Objective, gather_with_gradient
+from loop import make_accelerator, train
+from mining import Miner
+from rows import RowBatches, hold_out, in_batches, load_rows, load_source
+from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
-from modeling_tscir.embedding import embed_images, embed_references
+from modeling_tscir.embedding import embed_images, embed_references, embed_texts
 from modeling_tscir.losses import composing_loss
-from modeling_tscir.ranking import top_k
 
 
 @dataclass
@@ -36,6 +32,12 @@ class Stage2Arguments:
     reference_column: str = field(default="reference", metadata={"help": "Column of reference pictures."})
     modification_column: str = field(default="modification", metadata={"help": "Column of modification texts."})
     target_column: str = field(default="target", metadata={"help": "Column of target pictures."})
+    reference_caption_column: str = field(
+        default="reference_caption", metadata={"help": "Of text triplets: column of the references' captions."}
+    )
+    target_caption_column: str = field(
+        default="target_caption", metadata={"help": "Of text triplets: column of the targets' captions."}
+    )
     reference_id_column: str = field(
         default="reference_id", metadata={"help": "Optional: equal for equal references."}
     )
@@ -62,48 +64,67 @@ class Stage2Data(torch.utils.data.Dataset):
     """Triplets as frozen features, computed once.
 
     A batch of B rows is {"rows" [B], "pseudo_words" [B, M, d_t], "reference_embeds" [B, D], "target_embeds" [B, D],
-    "target_ids" [B], "input_ids" and "pseudo_mask" [B, L]}.
+    "target_ids" [B], "input_ids" and "pseudo_mask" [B, L]}. Of text triplets M is 0.
     """
 
     def __init__(
         self, rows: Dataset, model: TSCIRModel, processor: TSCIRProcessor, data: DataArguments, args: Stage2Arguments
     ):
         self.processor, self.texts = processor, list(rows[args.modification_column])
-        size = data.feature_batch_size
-        references = list(rows[args.reference_column])
-        names = rows[args.reference_id_column] if args.reference_id_column in rows.column_names else None
-        self.groups = None if names is None else list(names)
-        firsts = first_of_each(self.groups if names is not None else [r["bytes"] or r["path"] for r in references])
+        self.groups = group_names(rows, args)
+        if args.reference_column in rows.column_names:
+            self.captions = None
+            self._embed_pictures(rows, model, data.feature_batch_size, args)
+        else:
+            self.captions = list(rows[args.reference_caption_column])
+            self._embed_captions(rows, model, args)
+
+    def _embed_pictures(self, rows: Dataset, model: TSCIRModel, size: int, args: Stage2Arguments) -> None:
+        references, targets = rows[args.reference_column], rows[args.target_column]
+        firsts = first_of_each(self.groups or [r["bytes"] or r["path"] for r in references])
         unique = sorted(set(firsts))
         embeds, words = embed_references(
-            model, processor, [references[i] for i in unique], size, progress="references"
+            model, self.processor, [references[i] for i in unique], size, progress="references"
         )
         position = {row: i for i, row in enumerate(unique)}
         index = torch.tensor([position[first] for first in firsts])
         self.reference_embeds, self.pseudo_words = embeds[index], words[index]
-        self.target_embeds = embed_images(model, processor, rows[args.target_column], size, progress="targets")
-        target_names = (
-            list(rows[args.target_id_column])
-            if args.target_id_column in rows.column_names
-            else [t["bytes"] or t["path"] for t in rows[args.target_column]]
-        )
-        self.target_ids = torch.tensor(first_of_each(target_names))
+        self.target_embeds = embed_images(model, self.processor, targets, size, progress="targets")
+        named = args.target_id_column in rows.column_names
+        names = rows[args.target_id_column] if named else [t["bytes"] or t["path"] for t in targets]
+        self.target_ids = torch.tensor(first_of_each(list(names)))
+
+    def _embed_captions(self, rows: Dataset, model: TSCIRModel, args: Stage2Arguments) -> None:
+        targets = list(rows[args.target_caption_column])
+        self.reference_embeds = embed_texts(model, self.processor, self.captions, progress="reference captions")
+        self.target_embeds = embed_texts(model, self.processor, targets, progress="target captions")
+        self.pseudo_words = torch.empty(len(rows), 0, model.config.clip_config.text_config.hidden_size)
+        self.target_ids = torch.tensor(first_of_each(targets))
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    def prompts(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """ "input_ids" and "pseudo_mask" [B, L] of rows."""
+        captions = None if self.captions is None else [self.captions[i] for i in rows]
+        prompt = self.processor.compose([self.texts[i] for i in rows], captions)
+        return {name: prompt[name] for name in ("input_ids", "pseudo_mask")}
+
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         index = torch.tensor(rows)
-        prompt = self.processor.compose([self.texts[i] for i in rows])
         return {
             "rows": index,
             "pseudo_words": self.pseudo_words[index],
             "reference_embeds": self.reference_embeds[index],
             "target_embeds": self.target_embeds[index],
             "target_ids": self.target_ids[index],
-            "input_ids": prompt["input_ids"],
-            "pseudo_mask": prompt["pseudo_mask"],
+            **self.prompts(rows),
         }
+
+
+def group_names(rows: Dataset, args: Stage2Arguments) -> list | None:
+    """What tells each row's reference, where the data says."""
+    return list(rows[args.reference_id_column]) if args.reference_id_column in rows.column_names else None
 
 
 def first_of_each(names: list) -> list[int]:
@@ -112,82 +133,37 @@ def first_of_each(names: list) -> list[int]:
     return [first.setdefault(name, row) for row, name in enumerate(names)]
 
 
-class Miner:
-    """Finds each query's nearest wrong targets, every `refresh` steps, with the adapters as they then are."""
-
-    def __init__(self, dataset: Stage2Data, model: TSCIRModel, refresh: int, batch_size: int = 256):
-        self.dataset, self.model, self.refresh, self.batch_size = dataset, model, refresh, batch_size
-        self.mined: torch.Tensor | None = None  # [len(dataset), H], rows of the dataset
-        self.mask: torch.Tensor | None = None  # [len(dataset), H], False for likely right answers
-
-    def __call__(self, step: int) -> None:
-        config = self.model.config
-        if config.mined_negative_weight > 0 and config.num_mined_negatives > 0 and step and step % self.refresh == 0:
-            self.mine(config.num_mined_negatives, config.mined_negative_ceiling)
-
-    @torch.no_grad()
-    def mine(self, count: int, ceiling: float) -> None:
-        data, model = self.dataset, self.model
-        was_training = model.training
-        model.eval()
-        # Bank: each target once. A query's own target is excluded, however many rows hold it.
-        bank_rows = torch.unique(data.target_ids)
-        bank = data.target_embeds[bank_rows].to(model.device)
-        place = {row: i for i, row in enumerate(bank_rows.tolist())}
-        mined, mask = [], []
-        for start in range(0, len(data), self.batch_size):
-            rows = list(range(start, min(start + self.batch_size, len(data))))
-            prompt = data.processor.compose([data.texts[i] for i in rows])
-            queries = model.encode_with_pseudo_words(
-                prompt["input_ids"].to(model.device),
-                prompt["pseudo_mask"].to(model.device),
-                data.pseudo_words[rows].to(model.device),
-            ).float()
-            own = [[place[int(data.target_ids[i])]] for i in rows]
-            # Twice as many as wanted, as the ceiling may drop some.
-            _, found = top_k(queries, bank, min(2 * count, len(bank) - 1), exclude=own)
-            close = torch.einsum("bhd,bd->bh", bank[found], data.target_embeds[rows].to(model.device)) > ceiling
-            order = torch.argsort(close.int(), dim=1, stable=True)[:, :count]  # those below the ceiling first
-            mined.append(bank_rows[found.gather(1, order).cpu()])
-            mask.append(~close.gather(1, order).cpu())
-        self.mined, self.mask = torch.cat(mined).clone(), torch.cat(mask).clone()
-        model.train(was_training)
-
-    def negatives(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """ "mined_embeds" [B, H, D] and "mined_mask" [B, H] of rows; nothing before the first mining."""
-        if self.mined is None:
-            return {}
-        return {"mined_embeds": self.dataset.target_embeds[self.mined[rows]], "mined_mask": self.mask[rows]}
-
-    def state_dict(self) -> dict:
-        return {"mined": self.mined, "mask": self.mask}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.mined, self.mask = state["mined"], state["mask"]
-
-
-class Stage2Objective(nn.Module):
+class Stage2Objective(Objective):
     """InfoNCE of composed queries against targets, with reference and mined negatives, over all processes' batch."""
 
-    def __init__(self, model: TSCIRModel, miner: Miner):
-        super().__init__()
-        self.model, self.miner, self.logit_scale = model, miner, model.logit_scale
+    target, reference = "target_embeds", "reference_embeds"
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def __init__(self, model: TSCIRModel, miner: Miner | None = None):
+        super().__init__(model)
+        self.miner = miner
+
+    def frozen(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch, which holds frozen features already, and the mined negatives of its rows."""
+        if self.miner is None:
+            return batch
+        mined = self.miner.negatives(batch["rows"].cpu())
+        return batch | {k: v.to(self.device) for k, v in mined.items()}
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        words = features["pseudo_words"]
+        return self.model.encode_with_pseudo_words(features["input_ids"], features["pseudo_mask"], words).float()
+
+    def loss(self, queries: torch.Tensor, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         config = self.model.config
-        words = batch["pseudo_words"]
-        query = self.model.encode_with_pseudo_words(batch["input_ids"], batch["pseudo_mask"], words)  # [B, D]
-        mined = {
-            k: gather_with_gradient(v.to(words.device)) for k, v in self.miner.negatives(batch["rows"].cpu()).items()
-        }
         query, targets, references = (
-            gather_with_gradient(x.float()) for x in (query, batch["target_embeds"], batch["reference_embeds"])
+            gather_with_gradient(x.float()) for x in (queries, features["target_embeds"], features["reference_embeds"])
         )
+        mined = {k: gather_with_gradient(v) for k, v in features.items() if k in ("mined_embeds", "mined_mask")}
         loss = composing_loss(
             query,
             targets,
             self.logit_scale,
-            target_ids=gather_with_gradient(batch["target_ids"]),
+            target_ids=gather_with_gradient(features["target_ids"]),
             reference_embeds=references,
             reference_weight=config.reference_negative_weight,
             mined_weight=config.mined_negative_weight,
@@ -197,6 +173,8 @@ class Stage2Objective(nn.Module):
         terms["reference_similarity"] = (query * references).sum(-1).mean()
         if mined:
             terms["mined_share"] = mined["mined_mask"].float().mean()
+            mined_similarity = torch.einsum("bd,bhd->bh", query, mined["mined_embeds"])
+            terms["mined_similarity"] = mined_similarity.mean()
         return terms
 
 
@@ -216,27 +194,38 @@ def main() -> None:
     model.config.validate_choices()
     model.add_adapters()
     model.to(accelerator.device).eval()
-    columns = {
-        args.reference_column: "the reference picture",
-        args.modification_column: "the modification text",
-        args.target_column: "the target picture",
-    }
-    rows, skipped = load_rows(data, columns, images=[args.reference_column, args.target_column])
+    rows, skipped = load_triplets(data, args)
+    rows, held_out = hold_out(rows, data.validation_rows, loop.seed, group_names(rows, args))
     dataset = Stage2Data(rows, model, processor, data, args)
-    miner = Miner(dataset, model, args.hard_negative_refresh)
-    objective = Stage2Objective(model, miner)
+    batches = RowBatches(accelerator, dataset, loop, dataset.groups, skipped)
+    miner = Miner(dataset, model, args.hard_negative_refresh, batches.rows_ahead)
+    validation = None
+    if held_out is not None and accelerator.is_main_process:
+        held_out = Stage2Data(held_out, model, processor, data, args)
+        validation = Validation(Stage2Objective(model), in_batches(held_out, data.feature_batch_size))
     train(
         accelerator,
-        objective,
+        Stage2Objective(model, miner),
         model,
         processor,
-        dataset,
+        batches,
         loop,
-        skipped,
-        groups=dataset.groups,
+        vars(data) | vars(args),
+        validation,
         before_step=miner,
         checkpointed=(miner,),
     )
+
+
+def load_triplets(data: DataArguments, args: Stage2Arguments) -> tuple[Dataset, list[tuple[str, str]]]:
+    """Triplets of pictures, or of captions where the data has no pictures."""
+    pictures = {args.reference_column: "the reference picture", args.target_column: "the target picture"}
+    captions = {args.reference_caption_column: "the reference's caption", args.target_caption_column: "the target's"}
+    text = {args.modification_column: "the modification text"}
+    found = load_source(data).column_names
+    if set(captions) <= set(found) and not set(pictures) <= set(found):
+        return load_rows(data, captions | text, images=[])
+    return load_rows(data, pictures | text, images=list(pictures))
 
 
 if __name__ == "__main__":

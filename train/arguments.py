@@ -1,0 +1,94 @@
+"""Arguments that both stages share, from a recipe and from flags."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+@dataclass
+class LoopArguments:
+    """Names are transformers' TrainingArguments'. Differing defaults: seed 0, mixed_precision by its own name."""
+
+    output_dir: str = field(default="", metadata={"help": "Where the trained folder and its checkpoints go."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Rows a process takes per step."})
+    gradient_cache_chunk: int = field(
+        default=0,
+        metadata={
+            "help": "Rows whose activations are held at a time; the loss sees the whole batch all the same. 0: all."
+        },
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Steps whose gradients are averaged. Does not enlarge the set of negatives."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay, on matrices alone."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any scheduler of transformers."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or a share of all if below 1."})
+    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the data, unless max_steps is given."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps in all; -1 leaves it to num_train_epochs."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 never."})
+    seed: int = field(default=0, metadata={"help": "Of initialisation, order of data and dropout."})
+    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16 autocast."})
+    logging_steps: int = field(default=20, metadata={"help": "Optimizer steps between two log lines."})
+    eval_steps: int = field(
+        default=200, metadata={"help": "Optimizer steps between two validations on validation_rows."}
+    )
+    save_steps: int = field(default=500, metadata={"help": "Optimizer steps between two checkpoints; 0 never."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept."})
+    report_to: str = field(default="none", metadata={"help": "none, or a tracker of Accelerate such as tensorboard."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder, or 'latest' of output_dir."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Worker processes where pictures are decoded."})
+
+
+@dataclass
+class DataArguments:
+    """Where the training data comes from."""
+
+    model_name_or_path: str = field(default="", metadata={"help": "Hub name or folder of the model to start from."})
+    dataset_name: str = field(
+        default="",
+        metadata={"help": "Hub name, local folder, or files ('shards/*.tar', 'data.parquet') that `datasets` loads."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on; slices are allowed."})
+    validation_rows: int = field(
+        default=0, metadata={"help": "Rows held out of training, on which the best weights are chosen; 0: none."}
+    )
+    feature_cache_gb: float = field(
+        default=4.0,
+        metadata={"help": "Patch states are computed once if they fit into this many GB, else again at every step."},
+    )
+    feature_cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder that keeps embeddings of pictures and captions for the next run on the same data."},
+    )
+    feature_batch_size: int = field(default=128, metadata={"help": "Pictures a forward pass of the frozen towers."})
+    on_bad_image: str = field(default="error", metadata={"help": "error, or skip: go on without unreadable rows."})
+
+
+def parse_arguments(*classes: type, description: str, required: tuple[str, ...] = ()) -> tuple:
+    """One dataclass instance each, from `--config recipe.yaml` overridden by flags.
+
+    Raises:
+        SystemExit: for unknown flags, unknown keys of the recipe (all named), or missing required arguments.
+    """
+    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of arguments; flags override it.")
+    config = parser.parse_known_args()[0].config
+    if config:
+        try:
+            recipe = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+        except (OSError, yaml.YAMLError) as error:
+            parser.error(f"--config {config}: {error}")
+        known = {f.name for c in classes for f in fields(c)}
+        if unknown := sorted(set(recipe) - known):
+            parser.error(f"{config} has unknown keys: {', '.join(unknown)}; known are: {', '.join(sorted(known))}")
+        parser.set_defaults(**recipe)
+    values = vars(parser.parse_args())
+    if missing := [name for name in required if not values[name]]:
+        parser.error("missing: " + ", ".join(f"--{name}" for name in missing))
+    return tuple(c(**{f.name: values[f.name] for f in fields(c)}) for c in classes)

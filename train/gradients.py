@@ -1,0 +1,95 @@
+"""Losses over the batch of all processes, and their gradients within a bound of memory."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from modeling_tscir import TSCIRModel
+
+
+class Objective(nn.Module):
+    """What a stage trains, in three parts, so that a batch can be larger than what memory holds at once.
+
+    `target` and `reference` name those of its features that are the wanted pictures and the queries' own.
+    """
+
+    target: str
+    reference: str
+
+    def __init__(self, model: TSCIRModel):
+        super().__init__()
+        self.model, self.logit_scale = model, model.logit_scale
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def frozen(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Features of a batch that no gradient reaches, each [B, ...], where they were not computed before."""
+        raise NotImplementedError
+
+    def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The trained part: sentence embeddings [B, D], each row by itself."""
+        raise NotImplementedError
+
+    def loss(self, queries: torch.Tensor, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Scalars by name, "loss" among them, of this process's rows beside those of all others."""
+        raise NotImplementedError
+
+
+def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes, in the order of ranks; gradients flow back to the process they came from."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    if not tensor.is_floating_point():
+        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+    import torch.distributed.nn.functional as dist
+
+    return torch.cat(dist.all_gather(tensor.contiguous()))
+
+
+def backward(
+    accelerator: Accelerator, objective: nn.Module, batch: dict[str, torch.Tensor], chunk: int = 0, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of an `Objective`'s loss to its parameters, and give the loss's terms.
+
+    With `chunk` > 0 the activations of that many rows are held at a time: queries are computed without gradients, the
+    loss's gradient by them is kept, and each chunk is computed again to pass it on (Gao et al. 2021, GradCache). Loss
+    and gradient are those of the whole batch; dropout, keyed by `seed`, falls otherwise than without chunks.
+
+    Args:
+        objective: an `Objective`, as prepared by `accelerator`.
+        batch: tensors of B rows each.
+    """
+    inner = accelerator.unwrap_model(objective)
+    size = len(next(iter(batch.values())))
+    starts = range(0, size, chunk or size)
+    parts = [inner.frozen({k: v[start : start + (chunk or size)] for k, v in batch.items()}) for start in starts]
+    features = parts[0] if len(parts) == 1 else {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+    if len(parts) == 1:
+        torch.manual_seed(seed)
+        terms = inner.loss(objective(features), features)
+        accelerator.backward(terms["loss"])
+        return terms
+    with torch.no_grad():
+        queries = torch.cat([inner(part) for part in _seeded(parts, seed)])
+    queries.requires_grad_()
+    terms = inner.loss(queries, features)
+    gradients = torch.autograd.grad(terms["loss"], queries)[0].split(chunk)
+    last = len(parts) - 1
+    for number, part in enumerate(_seeded(parts, seed)):
+        with contextlib.nullcontext() if number == last else accelerator.no_sync(objective):
+            accelerator.backward((objective(part) * gradients[number]).sum())
+    return terms
+
+
+def _seeded(parts: list[dict], seed: int) -> Iterator[dict]:
+    """The parts in order, the random state before each depending on `seed` and its place alone."""
+    for number, part in enumerate(parts):
+        torch.manual_seed(seed + number * 1_000_000_007)
+        yield part

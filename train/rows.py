@@ -1,0 +1,211 @@
+"""Training data of known size: rows of a `datasets` dataset, in batches that any step can start from."""
+
+import random
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from arguments import DataArguments, LoopArguments
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Image as ImageFeature
+
+from modeling_tscir.images import find_bad_images, handle_bad_images
+
+
+BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+def load_source(data: DataArguments, streaming: bool = False) -> Dataset | IterableDataset:
+    """The training split as `datasets` gives it: from the Hub, a local folder, or files named by a pattern."""
+    if builder := BUILDERS.get(Path(data.dataset_name).suffix):
+        return load_dataset(builder, data_files=data.dataset_name, split=data.dataset_train_split, streaming=streaming)
+    # datasets keeps a stale copy of a local folder whose README names configurations (seen in 5.2).
+    local = data.dataset_config is not None and Path(data.dataset_name).is_dir()
+    fresh = {"download_mode": "force_redownload", "verification_mode": "no_checks"} if local else {}
+    return load_dataset(
+        data.dataset_name, data.dataset_config, split=data.dataset_train_split, streaming=streaming, **fresh
+    )
+
+
+def check_columns(data: DataArguments, columns: dict[str, str], found: list[str]) -> None:
+    """Raise `ValueError` for columns that are missing; `columns` says what each holds."""
+    missing = [f"{name} ({what})" for name, what in columns.items() if name not in found]
+    if missing:
+        raise ValueError(f"{data.dataset_name} lacks columns {missing}; it has {found}")
+
+
+def load_rows(
+    data: DataArguments, columns: dict[str, str], images: list[str]
+) -> tuple[Dataset, list[tuple[str, str]]]:
+    """The training split with its pictures still encoded, all of it checked, and (where, why) of rows left out.
+
+    Args:
+        columns: needed column and what it holds, for the error that names what is missing.
+        images: those of them that are pictures; the others are texts.
+
+    Raises:
+        ValueError: for missing columns or an empty split. BadImagesError: naming every unreadable picture, and every
+            text that is missing.
+    """
+    rows = load_source(data)
+    check_columns(data, columns, rows.column_names)
+    if len(rows) == 0:
+        raise ValueError(f"{data.dataset_name}, split {data.dataset_train_split}, has no rows")
+    bad: list[tuple[str, str]] = []
+    for column in columns:
+        names = [f"row {i}, column {column}" for i in range(len(rows))]
+        if column in images:
+            rows = rows.cast_column(column, ImageFeature(decode=False))
+            bad += find_bad_images(rows[column], names)
+        else:
+            bad += [(name, "no text") for name, text in zip(names, rows[column], strict=True) if text is None]
+    handle_bad_images(bad, len(rows) * max(1, len(images)), data.on_bad_image)
+    skipped = {int(name.split()[1].rstrip(",")) for name, _ in bad}
+    return (rows.select([i for i in range(len(rows)) if i not in skipped]) if skipped else rows), bad
+
+
+def hold_out(rows: Dataset, count: int, seed: int, groups: list | None = None) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on, and `count` others or a few more: rows of one group are held out together.
+
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    if count <= 0:
+        return rows, None
+    if count >= len(rows):
+        raise ValueError(f"--validation_rows {count} leaves none of {len(rows)} rows to train on")
+    names = list(groups) if groups is not None else list(range(len(rows)))
+    order = list(dict.fromkeys(names))
+    random.Random(seed).shuffle(order)
+    members: dict = {}
+    for row, name in enumerate(names):
+        members.setdefault(name, []).append(row)
+    held: list[int] = []
+    for name in order:
+        if len(held) >= count:
+            break
+        held += members[name]
+    if len(held) == len(rows):
+        raise ValueError(
+            f"--validation_rows {count} leaves no group of rows to train on; all share too few references"
+        )
+    kept = sorted(set(range(len(rows))) - set(held))
+    return rows.select(kept), rows.select(sorted(held))
+
+
+class GroupedBatches:
+    """Batches of row numbers, shuffled by (seed, epoch) alone; rows of a group share one. None is incomplete.
+
+    The user sets `epoch`. There is no `set_epoch`, as Accelerate would call it with a count that restarts on resuming.
+
+    Args:
+        groups: a group's name for every row, or None where every row stands alone.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, groups: list | None = None):
+        if num_rows < batch_size:
+            raise ValueError(
+                f"{num_rows} rows do not fill a batch of {batch_size}; lower --per_device_train_batch_size"
+            )
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.members: list[list[int]] | None = None
+        if groups is not None:
+            members: dict = {}
+            for row, group in enumerate(groups):
+                members.setdefault(group, []).append(row)
+            self.members = list(members.values())
+        self.num_rows = num_rows
+        self.drop_last = True
+
+    def __len__(self) -> int:
+        return self.num_rows // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        count = self.num_rows if self.members is None else len(self.members)
+        order = torch.randperm(count, generator=generator).tolist()
+        rows = order if self.members is None else [row for i in order for row in self.members[i]]
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield rows[start : start + self.batch_size]
+
+
+class RowBatches:
+    """Batches of a dataset, epoch after epoch, the same whether a run starts at step 0 or goes on from another.
+
+    Args:
+        dataset: gives a whole batch for a list of row numbers, by `__getitems__`.
+        groups: a name for every row; rows of one name share a batch.
+        skipped: (where, why) of pictures that were left out, for the record.
+
+    Raises:
+        ValueError: if an epoch does not fill one step of all processes.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        dataset: torch.utils.data.Dataset,
+        args: LoopArguments,
+        groups: list | None = None,
+        skipped: list[tuple[str, str]] = (),
+    ):
+        self.accelerator, self.accumulation = accelerator, args.gradient_accumulation_steps
+        self.skipped = list(skipped)
+        self.sampler = GroupedBatches(len(dataset), args.per_device_train_batch_size, args.seed, groups)
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=self.sampler,
+            collate_fn=whole_batch,
+            num_workers=args.dataloader_num_workers,
+        )
+        self.loader = accelerator.prepare(loader)
+        self.steps_an_epoch = len(self.loader) // self.accumulation
+        if self.steps_an_epoch == 0:
+            raise ValueError(
+                f"{len(dataset)} rows do not fill one step of {accelerator.num_processes} processes times "
+                f"{self.accumulation} accumulated batches of {args.per_device_train_batch_size}; lower one of them"
+            )
+
+    def from_step(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's batches from an optimizer step on, without end."""
+        while True:
+            self.sampler.epoch, done = divmod(step, self.steps_an_epoch)
+            first = done * self.accumulation
+            batches = skip_first_batches(self.loader, first) if first else self.loader
+            # Batches that do not fill a last accumulated step are left for the next epoch's shuffle.
+            yield from islice(batches, self.steps_an_epoch * self.accumulation - first)
+            step += self.steps_an_epoch - done
+
+    def rows_ahead(self, step: int, steps: int) -> list[int]:
+        """Row numbers, each once, that this process will take in `steps` optimizer steps from `step` on."""
+        mine, world = self.accelerator.process_index, self.accelerator.num_processes
+        now, found = self.sampler.epoch, []
+        while steps > 0:
+            self.sampler.epoch, done = divmod(step, self.steps_an_epoch)
+            taken = min(steps, self.steps_an_epoch - done)
+            batches = islice(iter(self.sampler), mine, None, world)  # as Accelerate deals them out
+            found += islice(batches, done * self.accumulation, (done + taken) * self.accumulation)
+            step, steps = step + taken, steps - taken
+        self.sampler.epoch = now
+        return sorted({row for batch in found for row in batch})
+
+    def skipped_images(self) -> list[tuple[str, str]]:
+        return self.skipped
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Nothing to load: the step says it all."""
+
+
+def whole_batch(batch: dict) -> dict:
+    return batch  # the dataset makes whole batches
+
+
+def in_batches(dataset: torch.utils.data.Dataset, size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """All rows once, in order."""
+    for start in range(0, len(dataset), size):
+        yield dataset.__getitems__(list(range(start, min(start + size, len(dataset)))))
