@@ -16,7 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
@@ -28,6 +32,7 @@ import harness  # noqa: E402  (found on the path just set)
 
 
 DATA_DIR = Path(os.environ.get("TSCIR_DATA_DIR", "no such folder"))
+WORDS = ["red", "that", "red that", "a", "b red", "that c"]
 needs_data = pytest.mark.skipif(not DATA_DIR.is_dir(), reason="TSCIR_DATA_DIR does not name the folder of real data")
 
 
@@ -161,3 +166,40 @@ def slow_rank(scores, truth, others):
 def tensors_of():
     """A copy of every tensor of a model."""
     return lambda model: {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Training data: captions and triplets, 24 rows each; every four triplets share a reference."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    (root / "files").mkdir()
+    files = []
+    for i in range(30):
+        files.append(str(root / "files" / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(files[-1])
+    texts = [WORDS[i % 6] for i in range(24)]
+    captions = {"image": files[:24], "caption": texts}
+    triplets = {"reference": [files[24 + i // 4] for i in range(24)], "modification": texts, "target": files[:24]}
+    for name, columns in (("captions", captions), ("triplets", triplets)):
+        features = {k: Value("string") if k in ("caption", "modification") else ImageFeature() for k in columns}
+        rows = Dataset.from_dict(columns, features=Features(features))
+        rows.to_parquet(root / name / "train.parquet")
+    return root
+
+
+@pytest.fixture
+def launch(monkeypatch, data):
+    """Run a stage's script in this process."""
+
+    def run(script, model, output, *flags):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        name = {"stage1": "captions", "stage2": "triplets"}[script.__name__]
+        command = ["--model_name_or_path", model, "--dataset_name", data / name, "--output_dir", output]
+        command += ["--per_device_train_batch_size", 8, "--logging_steps", 1, *flags]
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, command)])
+        script.main()
+        return load_file(Path(output) / "tscir_delta.safetensors")
+
+    return run

@@ -100,14 +100,30 @@ def run_and_kill(processes: int, rng: random.Random, *command) -> int:
     return process.returncode
 
 
-@pytest.mark.parametrize(("processes", "kills"), [(1, 3), (2, 2), pytest.param(1, 10, marks=pytest.mark.slow)])
-def test_a_run_killed_at_random_moments_ends_with_the_same_tensors(processes, kills, clip_dir, captions, tmp_path):
-    """With a worker process that decodes, in the middle of epochs, checkpoints written at every step."""
+SLOW = {"marks": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    ("data", "processes", "kills"),
+    [
+        ("rows", 1, 3),
+        ("stream", 2, 2),
+        pytest.param("rows", 2, 2, **SLOW),
+        pytest.param("rows", 1, 10, **SLOW),
+        pytest.param("stream", 1, 10, **SLOW),
+    ],
+)
+def test_a_run_killed_at_random_moments_ends_with_the_same_tensors(
+    data, processes, kills, clip_dir, captions, tmp_path
+):
+    """With worker processes that decode, in the middle of epochs, checkpoints written at every step."""
 
     def command(output: str, *flags) -> list:
         parts = ["train/stage1.py", "--model_name_or_path", clip_dir, "--dataset_name", captions]
         parts += ["--output_dir", tmp_path / output, "--per_device_train_batch_size", 4, "--logging_steps", 1]
         parts += ["--feature_cache_gb", 0, "--dataloader_num_workers", 1, "--max_steps", 12 * kills]
+        if data == "stream":
+            parts += ["--streaming", "--shuffle_buffer_size", 5, "--dataloader_num_workers", 2]
         return [*parts, "--num_pseudo_words", 2, *flags]
 
     run_to_its_end(processes, *command("whole", "--save_steps", 0))
@@ -131,5 +147,7 @@ def captions(tmp_path):
         Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(files[-1])
     columns = {"image": files, "caption": [f"red {i}" for i in range(24)]}
     features = Features({"image": ImageFeature(), "caption": Value("string")})
-    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "captions" / "train.parquet")
+    rows = Dataset.from_dict(columns, features=features)
+    for shard in range(6):
+        rows.shard(6, shard).to_parquet(tmp_path / "captions" / f"train-{shard}.parquet")
     return tmp_path / "captions"

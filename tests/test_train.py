@@ -14,40 +14,15 @@ import stage1 as stage1_script
 import stage2 as stage2_script
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from arguments import DataArguments
-from conftest import ROOT
+from conftest import ROOT, WORDS
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from mining import Miner
-from PIL import Image
 from rows import load_rows
 from safetensors.torch import load_file
 
 from modeling_tscir import BadImagesError, TSCIRModel
-
-
-WORDS = ["red", "that", "red that", "a", "b red", "that c"]
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory) -> Path:
-    """Captions and triplets, 24 rows each; every four triplets share a reference."""
-    root = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    (root / "files").mkdir()
-    files = []
-    for i in range(30):
-        files.append(str(root / "files" / f"{i}.png"))
-        Image.fromarray(rng.integers(0, 256, (36, 36, 3), dtype=np.uint8)).save(files[-1])
-    texts = [WORDS[i % 6] for i in range(24)]
-    captions = {"image": files[:24], "caption": texts}
-    triplets = {"reference": [files[24 + i // 4] for i in range(24)], "modification": texts, "target": files[:24]}
-    for name, columns in (("captions", captions), ("triplets", triplets)):
-        features = {k: Value("string") if k in ("caption", "modification") else ImageFeature() for k in columns}
-        rows = Dataset.from_dict(columns, features=Features(features))
-        rows.to_parquet(root / name / "train.parquet")
-    return root
 
 
 def test_frozen_features_are_shared_between_runs(launch, clip_dir, tmp_path, monkeypatch):
@@ -69,23 +44,6 @@ def test_frozen_features_are_shared_between_runs(launch, clip_dir, tmp_path, mon
     assert len(embedded) == 4
     alone, shared = (load_file(tmp_path / name / "tscir_delta.safetensors") for name in ("alone", "shared"))
     assert all(torch.equal(alone[key], shared[key]) for key in alone)
-
-
-@pytest.fixture
-def launch(monkeypatch, data):
-    """Run a stage's script in this process."""
-
-    def run(script, model, output, *flags):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        name = {stage1_script: "captions", stage2_script: "triplets"}[script]
-        command = ["--model_name_or_path", model, "--dataset_name", data / name, "--output_dir", output]
-        command += ["--per_device_train_batch_size", 8, "--logging_steps", 1, *flags]
-        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, command)])
-        script.main()
-        return load_file(Path(output) / "tscir_delta.safetensors")
-
-    return run
 
 
 @pytest.fixture

@@ -129,6 +129,7 @@ def train(
                 save_best(args.output_dir, model, processor, {"step": progress.step, **values})
         if args.save_steps and progress.step % args.save_steps == 0 and progress.step < total:
             save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
+    stream.close()  # its workers end
     bar.close()
     interrupted.restore()
     if interrupted and progress.step < total:
@@ -142,6 +143,10 @@ def train(
         processor.save_pretrained(args.output_dir)
         settings = record | vars(args) | {"num_processes": accelerator.num_processes, "skipped_images": skipped}
         Path(args.output_dir, "training_arguments.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    # The process group must not be freed by DDP's destructor, which holds the interpreter's lock while gloo's threads
+    # wait for it: a run that had ended would hang.
+    del objective, optimizer
+    accelerator.free_memory()
     accelerator.end_training()
 
 

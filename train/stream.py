@@ -214,7 +214,7 @@ class StreamBatches:
         return gather_object(list(self.skipped.items()))
 
     def state_dict(self) -> dict:
-        mine = {"places": self.places, "taken": self.taken, "skipped": self.skipped}
+        mine = {"places": list(self.places), "taken": self.taken, "skipped": dict(self.skipped)}
         return {"settings": self.settings, "processes": gather_object([mine])}
 
     def load_state_dict(self, state: dict) -> None:

@@ -10,7 +10,7 @@ template, from the captions' words alone, at thousands a second. High quality: w
     --quality high --language_model FOLDER_OR_HUB_NAME                           (a chat model of transformers)
 
 Columns: reference, modification, target, source, quality, reference_id, target_id, kind and both captions. Without an
-image column in the data, reference and target hold `--id_column`'s values: a text-only set.
+image column in the data there are no pictures, reference and target, but stage II trains on the captions.
 """
 
 import argparse
@@ -188,11 +188,12 @@ def synthesize(args: argparse.Namespace) -> dict:
 
 def write_triplets(rows: Dataset, ids: list, texts: list[str], kept: list[tuple], args: argparse.Namespace) -> None:
     has_images = args.image_column in rows.column_names
-    pictures = rows[args.image_column] if has_images else ids
-    columns = {
-        "reference": [pictures[i] if has_images else str(pictures[i]) for i, *_ in kept],
+    columns = {}
+    if has_images:
+        pictures = rows[args.image_column]
+        columns = {"reference": [pictures[i] for i, *_ in kept], "target": [pictures[j] for _, j, *_ in kept]}
+    columns |= {
         "modification": [text for *_, text, _ in kept],
-        "target": [pictures[j] if has_images else str(pictures[j]) for _, j, *_ in kept],
         "source": [args.dataset_name] * len(kept),
         "quality": [args.quality] * len(kept),
         "reference_id": [str(ids[i]) for i, *_ in kept],

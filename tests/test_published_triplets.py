@@ -1,0 +1,156 @@
+"""Small files of the published forms; each becomes a dataset that stage II trains on."""
+
+import csv
+import json
+
+import published_triplets
+import pytest
+import stage2 as stage2_script
+import torch
+from arguments import DataArguments
+from datasets import load_dataset
+from stage2 import Stage2Arguments, Stage2Data
+from test_stream import encoded, write_tar
+
+
+@pytest.fixture
+def coco(tmp_path, pictures):
+    for i in range(6):
+        path = tmp_path / "coco/val2014" / f"COCO_val2014_{i:012d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures[i].save(path)
+    return tmp_path / "coco"
+
+
+def run(tmp_path, source, annotations, *flags):
+    published_triplets.main(
+        [source, "--annotations", str(annotations), "--output_dir", str(tmp_path / "out"), *map(str, flags)]
+    )
+    return load_dataset(str(tmp_path / "out"), split="train")
+
+
+def lasco_records(count: int) -> list[dict]:
+    def picture(i: int) -> list:
+        return [i, f"val2014/COCO_val2014_{i:012d}.jpg"]
+
+    return [
+        {"qid": n, "query-image": picture(n), "query-text": f"text {n}", "target-image": picture(n + 1)}
+        for n in range(count)
+    ]
+
+
+def test_lasco(tmp_path, coco, pictures):
+    (tmp_path / "lasco.json").write_text(json.dumps(lasco_records(5)), "utf-8")
+    rows = run(tmp_path, "lasco", tmp_path / "lasco.json", "--image_dir", coco)
+    assert rows["modification"][:] == [f"text {n}" for n in range(5)]
+    assert rows[2]["reference"].size == pictures[2].size and rows[2]["target_id"] == rows[3]["reference_id"] == "3"
+    assert set(rows["source"]) == {"lasco"} and set(rows["quality"]) == {"published"}
+    assert len(run(tmp_path, "lasco", tmp_path / "lasco.json", "--image_dir", coco, "--max_rows", 2)) == 2
+    assert len(run(tmp_path, "lasco", tmp_path / "lasco.json", "--image_dir", coco, "--rows_per_file", 2)) == 5
+
+
+@pytest.mark.parametrize("name", ["q_texts", "q_text"])
+def test_megapairs(tmp_path, coco, name):
+    path = "val2014/COCO_val2014_{:012d}.jpg".format
+    records = [{"q_img": path(0), name: ["a", "b"], "t_img": path(1), "hns": [path(2)]},
+               {"q_img": path(2), name: ["c"], "t_img": path(3), "hns": []}]  # fmt: skip
+    (tmp_path / "megapairs.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
+    rows = run(tmp_path, "megapairs", tmp_path / "megapairs.jsonl", "--image_dir", coco)
+    assert rows["modification"][:] == ["a", "b", "c"]
+    assert rows["target_id"][:] == [path(1), path(1), path(3)]
+
+
+def test_cc_coir(tmp_path, pictures):
+    (tmp_path / "train/26").mkdir(parents=True)
+    pictures[0].save(tmp_path / "train/26/aa.jpg")
+    pictures[1].save(tmp_path / "train/26/b.b.png")
+    with open(tmp_path / "cc.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["txt1", "txt2", "edit", "pth1", "pth2"], ["x", "y", "make it, red", "26/aa", "26/b.b"]])
+    rows = run(tmp_path, "cc-coir", tmp_path / "cc.csv", "--image_dir", tmp_path / "train")
+    assert rows[0]["modification"] == "make it, red" and rows[0]["target"].size == pictures[1].size
+
+
+def test_tar_shards(tmp_path):
+    text = json.dumps({"edit": "in red", "other": 1}).encode()
+    samples = {str(n): {"in.png": encoded(n), "out.png": encoded(n + 9), "json": text} for n in range(5)}
+    write_tar(tmp_path / "0.tar", samples)
+    keys = ["--keys", "in.png", "out.png", "json.edit"]
+    rows = run(tmp_path, "webdataset", tmp_path / "*.tar", *keys, "--rows_per_file", 2)
+    assert rows["modification"][:] == ["in red"] * 5 and rows[0]["target"].size == (36, 36)
+    assert rows["reference_id"][3] == "3-reference"
+    with pytest.raises(SystemExit, match=r"lack json.text; they have .*in.png, json, json.edit"):
+        run(tmp_path, "webdataset", tmp_path / "*.tar", "--keys", "in.png", "out.png", "json.text")
+    with pytest.raises(SystemExit, match="--keys"):
+        run(tmp_path, "webdataset", tmp_path / "*.tar")
+
+
+RTD = [
+    {
+        "reference_caption": f"a red star {n}",
+        "conditioning_caption": "in blue",
+        "target_caption": f"a blue one {n}",
+    }
+    for n in range(9)
+]
+
+
+def test_text_triplets_train_composing_adapters(tmp_path, launch, stage1, processor):
+    (tmp_path / "rtd.json").write_text(json.dumps(RTD), "utf-8")
+    rows = run(tmp_path, "rtd", tmp_path / "rtd.json")
+    assert {"reference_caption", "modification", "target_caption"} <= set(rows.column_names)
+    dataset = Stage2Data(rows, stage1, processor, DataArguments(), Stage2Arguments())
+    batch = dataset.__getitems__([1, 4])
+    with torch.no_grad():
+        queries = stage1.encode_with_pseudo_words(batch["input_ids"], batch["pseudo_mask"], batch["pseudo_words"])
+        prompt = processor.tokenize(["a photo of a red star 1 that in blue"])
+        expected = stage1.get_text_features(**prompt)
+        target = stage1.get_text_features(**processor.tokenize(["a blue one 4"]))
+    normalised = torch.nn.functional.normalize
+    torch.testing.assert_close(queries[:1], normalised(expected, dim=-1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch["target_embeds"][1:], normalised(target, dim=-1), atol=1e-5, rtol=0)
+
+    stage1.save_pretrained(tmp_path / "stage1", backbone="reference")
+    processor.save_pretrained(tmp_path / "stage1")
+    flags = ["--dataset_name", tmp_path / "out", "--max_steps", 4, "--hard_negative_refresh", 2]
+    trained = launch(stage2_script, tmp_path / "stage1", tmp_path / "stage2", *flags)
+    assert any(v.any() for k, v in trained.items() if "lora_B" in k)
+
+
+@pytest.mark.parametrize("name", ["input", "caption"])
+def test_instructpix2pix(tmp_path, name):
+    records = [{name: "a dog", "edit": "make it a cat", "output": "a cat", "url": "u"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n", "utf-8")
+    (row,) = run(tmp_path, "instructpix2pix", tmp_path / "prompts.jsonl")
+    assert (row["reference_caption"], row["modification"], row["target_caption"]) == (
+        "a dog", "make it a cat", "a cat",
+    )  # fmt: skip
+
+
+def test_pictures_by_path_train_stage_two(tmp_path, coco, launch, stage1, processor):
+    (tmp_path / "lasco.json").write_text(json.dumps(lasco_records(5) * 4), "utf-8")
+    run(tmp_path, "lasco", tmp_path / "lasco.json", "--image_dir", coco)
+    stage1.save_pretrained(tmp_path / "stage1", backbone="reference")
+    processor.save_pretrained(tmp_path / "stage1")
+    launch(stage2_script, tmp_path / "stage1", tmp_path / "s2", "--dataset_name", tmp_path / "out", "--max_steps", 2)
+
+
+def test_what_cannot_be_used_is_named_or_listed(tmp_path, coco, capsys):
+    records = lasco_records(6)  # the last target is missing
+    records[1]["query-text"] = ""
+    (tmp_path / "lasco.json").write_text(json.dumps(records), "utf-8")
+    flags = [tmp_path / "lasco.json", "--image_dir", coco]
+    with pytest.raises(SystemExit, match=r"(?s)2 of 6 .*triplet 1: no modification.*triplet 5: no picture .*06\.jpg"):
+        run(tmp_path, "lasco", *flags)
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+    rows = run(tmp_path, "lasco", *flags, "--on_bad_image", "skip")
+    assert len(rows) == 4 and "2 left out" in capsys.readouterr().out
+    assert len((tmp_path / "out/left_out.txt").read_text("utf-8").splitlines()) == 2
+    with pytest.raises(SystemExit, match="not of the form of megapairs: it lacks 'q_text'"):
+        run(tmp_path, "megapairs", *flags)
+    (tmp_path / "half.jsonl").write_text('{"input": "a", "edit": "b", "output": "c"}\n{"input', "utf-8")
+    with pytest.raises(SystemExit, match=r"half\.jsonl, line 2"):
+        run(tmp_path, "instructpix2pix", tmp_path / "half.jsonl")
+    with pytest.raises(SystemExit):
+        run(tmp_path, "lasco", tmp_path / "lasco.json")
+    assert "--image_dir" in capsys.readouterr().err

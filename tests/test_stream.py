@@ -1,0 +1,216 @@
+"""Data read as it comes: every shard once an epoch, from any step on, in tar shards and in Parquet."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stage1 as stage1_script
+import torch
+from arguments import DataArguments, LoopArguments
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from stage1 import CaptionedImages, Stage1Arguments
+from stream import ShardReader, StreamBatches, hold_out_shard, load_stream
+
+from modeling_tscir import BadImagesError, TSCIRModel
+
+
+SIZES = [9, 7, 12, 10, 11]  # rows of each shard
+
+
+def encoded(number: int) -> bytes:
+    content = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (36, 36, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, files in samples.items():
+            for extension, content in files.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """The same 49 captioned pictures as tar shards and as Parquet files."""
+    root = tmp_path_factory.mktemp("shards")
+    (root / "tar").mkdir()
+    number = 0
+    for shard, size in enumerate(SIZES):
+        numbers = range(number, number + size)
+        write_tar(
+            root / "tar" / f"{shard:05d}.tar",
+            {f"{n:06d}": {"png": encoded(n), "txt": f"red {n}".encode()} for n in numbers},
+        )
+        rows = [{"image": {"bytes": encoded(n), "path": None}, "caption": f"red {n}"} for n in numbers]
+        features = Features({"image": ImageFeature(), "caption": Value("string")})
+        Dataset.from_list(rows, features=features).to_parquet(root / "parquet" / f"train-{shard}.parquet")
+        number += size
+    return root
+
+
+def readers(shards: Path, processor, processes: int, workers: int, block_size: int = 5) -> list[ShardReader]:
+    """Every worker's reader of every process."""
+    rows = load_stream(DataArguments(dataset_name=str(shards / "parquet")), {"image": "", "caption": ""}, ["image"])
+    args = Stage1Arguments()
+    total = processes * workers
+    return [
+        ShardReader(rows, list(range(5)), CaptionedImages(processor, args), 3, block_size, 0, total, [(first, 0, 0)])
+        for first in range(total)
+    ]
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (2, 1), (2, 2)])
+def test_every_row_is_read_once_an_epoch_by_one_worker(shards, processor, processes, workers):
+    epochs: dict[int, list[str]] = {0: [], 1: []}
+    for reader in readers(shards, processor, processes, workers):
+        for number, _, example in reader.in_order(reader.places[0][0], 0):
+            if number // 5 > 1:
+                break
+            epochs[number // 5].append(example["caption"])
+    for captions in epochs.values():
+        assert sorted(captions) == sorted(f"red {n}" for n in range(49))
+    assert epochs[0] != epochs[1]  # the order of shards is each epoch's own
+
+
+def test_blocks_are_shuffled_and_a_place_goes_on_exactly(shards, processor):
+    (reader,) = readers(shards, processor, 1, 1, block_size=20)
+    given = []
+    for example, name, place in reader.shuffled(0, 0, 0):
+        given.append((example["caption"], name, place))
+        if len(given) == 120:
+            break
+    captions = [caption for caption, _, _ in given]
+    assert sorted(captions[:40]) != captions[:40] and len(set(captions[:49])) < 49  # blocks go across epochs
+    assert len(set(captions[:40])) == 40
+    for stop in (1, 19, 20, 21, 60, 75):
+        again = reader.shuffled(*given[stop - 1][2])
+        assert [(e["caption"], name, place) for (e, name, place), _ in zip(again, range(40), strict=False)] == given[
+            stop : stop + 40
+        ]
+
+
+def test_datasets_of_any_kind_give_the_same_rows(shards):
+    found = []
+    for name, columns in (
+        (shards / "tar", ("png", "txt")),
+        (shards / "tar" / "*.tar", ("png", "txt")),
+        (shards / "parquet", ("image", "caption")),
+        (shards / "parquet" / "*.parquet", ("image", "caption")),
+    ):
+        rows = load_stream(DataArguments(dataset_name=str(name)), dict.fromkeys(columns, ""), [columns[0]])
+        assert rows.num_shards == 5
+        found.append([(row[columns[0]]["bytes"], row[columns[1]]) for row in rows])
+    assert all(rows == found[0] for rows in found) and len(found[0]) == 49
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_ends_with_the_same_tensors(launch, clip_dir, shards, tmp_path, workers):
+    flags = ["--dataset_name", shards / "tar", "--image_column", "png", "--caption_column", "txt", "--streaming"]
+    flags += ["--max_steps", 9, "--shuffle_buffer_size", 10, "--dataloader_num_workers", workers]
+    flags += ["--validation_rows", 6, "--eval_steps", 4, "--save_total_limit", 20]
+    whole = launch(stage1_script, clip_dir, tmp_path / "a", *flags, "--save_steps", 1)
+    validation = (tmp_path / "a/best/validation.json").read_text("utf-8")
+    for step in (1, 4, 7):
+        resumed = launch(
+            stage1_script, clip_dir, tmp_path / "b", *flags, "--save_steps", 0,
+            "--resume_from_checkpoint", tmp_path / f"a/checkpoint-{step}",
+        )  # fmt: skip
+        assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert json.loads(validation).keys() == json.loads((tmp_path / "b/best/validation.json").read_text("utf-8")).keys()
+    assert TSCIRModel.from_pretrained(tmp_path / "a/best").config.stage == 1
+
+
+def test_a_stream_trains_as_rows_do(launch, clip_dir, shards, tmp_path, processor, stage1):
+    """The same pictures and captions give the same features, whether they were computed before or as they come."""
+    examples = CaptionedImages(processor, Stage1Arguments())
+    rows = [{"image": {"bytes": encoded(n), "path": None}, "caption": f"red {n}"} for n in range(6)]
+    assert [examples.decode(row) for row in rows] == [None] * 6
+    features = stage1_script.Stage1Objective(stage1, processor).frozen(examples.make_batch(rows))
+    stored = Dataset.from_list(
+        [{"image": {"bytes": encoded(n), "path": None}, "caption": f"red {n}"} for n in range(6)],
+        features=Features({"image": ImageFeature(decode=False), "caption": Value("string")}),
+    )
+    known = stage1_script.Stage1Data(stored, stage1, processor, DataArguments(), Stage1Arguments())
+    for name, tensor in known.__getitems__(list(range(6))).items():
+        torch.testing.assert_close(features[name], tensor, atol=1e-2, rtol=1e-2, check_dtype=False)
+
+
+def test_bad_rows_of_a_stream_are_named_or_skipped_and_recorded(launch, clip_dir, tmp_path):
+    good = {"png": encoded(0), "txt": b"red"}
+    for shard in range(2):
+        samples = {f"{shard}-{n}": good for n in range(10)}
+        samples[f"{shard}-4"] = {"png": b"nothing", "txt": b"red"}
+        write_tar(tmp_path / f"{shard}.tar", samples)
+    flags = ["--dataset_name", tmp_path / "*.tar", "--image_column", "png", "--caption_column", "txt", "--streaming"]
+    flags += ["--max_steps", 3, "--shuffle_buffer_size", 4]
+    with pytest.raises(BadImagesError, match=r"\d\.tar, row 4, key \d-4: not a picture"):
+        launch(stage1_script, clip_dir, tmp_path / "out", *flags)
+    launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--on_bad_image", "skip")
+    record = json.loads((tmp_path / "out/training_arguments.json").read_text("utf-8"))
+    assert sorted(Path(name).name for name, _ in record["skipped_images"]) == [
+        "0.tar, row 4, key 0-4",
+        "1.tar, row 4, key 1-4",
+    ]
+
+
+def test_a_stream_without_a_usable_row_ends(shards, processor, tmp_path):
+    write_tar(tmp_path / "0.tar", {str(n): {"png": b"nothing", "txt": b"red"} for n in range(10)})
+    rows = load_stream(DataArguments(dataset_name=str(tmp_path / "0.tar")), {"png": "", "txt": ""}, ["png"])
+    args = Stage1Arguments(image_column="png", caption_column="txt")
+    with pytest.raises(BadImagesError, match="0.tar, row 7"):
+        next(iter(ShardReader(rows, [0], CaptionedImages(processor, args), 4, 8, 0, 1, [(0, 0, 0)])))
+
+
+def test_mistakes_are_named(launch, clip_dir, shards, tmp_path):
+    flags = ["--dataset_name", shards / "parquet", "--streaming"]
+    with pytest.raises(ValueError, match="--max_steps"):
+        launch(stage1_script, clip_dir, tmp_path, *flags)
+    flags += ["--max_steps", 2]
+    with pytest.raises(ValueError, match=r"lacks columns \['text \(its caption\)'\]; it has \['image', 'caption'\]"):
+        launch(stage1_script, clip_dir, tmp_path, *flags, "--caption_column", "text")
+    with pytest.raises(ValueError, match=r"5 shards do not feed 1 processes with 6 workers"):
+        launch(stage1_script, clip_dir, tmp_path, *flags, "--dataloader_num_workers", 6)
+    launch(stage1_script, clip_dir, tmp_path, *flags, "--save_steps", 1)
+    with pytest.raises(ValueError, match="workers 1 before and 2 now"):
+        launch(
+            stage1_script, clip_dir, tmp_path, *flags, "--dataloader_num_workers", 2,
+            "--resume_from_checkpoint", "latest",
+        )  # fmt: skip
+    rows = load_stream(DataArguments(dataset_name=str(shards / "tar" / "00000.tar")), {"png": ""}, ["png"])
+    with pytest.raises(ValueError, match="one shard alone"):
+        hold_out_shard(rows, 0)
+
+
+def test_nothing_of_a_stream_is_read_ahead_of_its_record(shards, processor):
+    """What workers read ahead of the step that a checkpoint is of is read again."""
+
+    class Alone:
+        num_processes, process_index, device = 1, 0, torch.device("cpu")
+
+    rows = load_stream(DataArguments(dataset_name=str(shards / "parquet")), {"image": "", "caption": ""}, ["image"])
+    args = LoopArguments(per_device_train_batch_size=3, dataloader_num_workers=2)
+
+    def stream() -> StreamBatches:
+        return StreamBatches(
+            Alone, rows, list(range(5)), CaptionedImages(processor, Stage1Arguments()), args, 7, "error"
+        )
+
+    whole = stream()
+    batches = whole.from_step(0)
+    first = [next(batches)["pixel_values"] for _ in range(5)]
+    state = whole.state_dict()
+    rest = [next(batches)["pixel_values"] for _ in range(6)]
+    other = stream()
+    other.load_state_dict(state)
+    batches = other.from_step(5)
+    assert all(torch.equal(next(batches)["pixel_values"], expected) for expected in rest)
+    assert len({tuple(x.flatten().tolist()) for x in (*first, *rest)}) == 11

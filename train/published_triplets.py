@@ -1,0 +1,231 @@
+"""Published triplet sets, as their authors' files have them, to a dataset for stage II.
+
+    python train/published_triplets.py lasco --annotations lasco_train.json --image_dir COCO2014 --output_dir OUT
+    python train/published_triplets.py megapairs --annotations megapairs.jsonl --image_dir IMAGES --output_dir OUT
+    python train/published_triplets.py cc-coir --annotations cc-coir_train.csv --image_dir train --output_dir OUT
+    python train/published_triplets.py rtd --annotations LLM_triplets.json --output_dir OUT
+    python train/published_triplets.py instructpix2pix --annotations gpt-generated-prompts.jsonl --output_dir OUT
+    python train/published_triplets.py webdataset --annotations 'SynthTriplets18M/*.tar' \\
+        --keys reference.jpg target.jpg json.edit --output_dir OUT
+
+The output has the columns reference, modification, target, source, quality, reference_id and target_id; sets of texts
+alone (rtd, instructpix2pix) have reference_caption and target_caption instead of pictures, and stage II trains on
+them too. Pictures on disk stay there and are named by path; those in tar shards are copied.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset, Features, Value, load_dataset
+from datasets import Image as ImageFeature
+
+
+EXTENSIONS = (".jpg", ".png", ".jpeg")
+NAMED_AT_MOST = 10  # of thousands of missing pictures
+
+
+def lasco(args: argparse.Namespace) -> Iterator[dict]:
+    """LaSCo (Levy et al. 2024): a JSON list of {"query-image": [COCO id, path], "query-text", "target-image"}."""
+    for record in read_records(args.annotations):
+        (reference, path), (target, target_path) = record["query-image"], record["target-image"]
+        yield {
+            "reference": args.image_dir / path,
+            "modification": record["query-text"],
+            "target": args.image_dir / target_path,
+            "reference_id": reference,
+            "target_id": target,
+        }
+
+
+def megapairs(args: argparse.Namespace) -> Iterator[dict]:
+    """MegaPairs (Zhou et al. 2024): JSON lines of "q_img", "q_texts" (its card says "q_text"), "t_img".
+
+    Each text is a triplet. The mined "hns" are left: stage II mines with its own model.
+    """
+    for record in read_records(args.annotations):
+        texts = record["q_texts"] if "q_texts" in record else record["q_text"]
+        for text in [texts] if isinstance(texts, str) else texts:
+            yield {
+                "reference": args.image_dir / record["q_img"],
+                "modification": text,
+                "target": args.image_dir / record["t_img"],
+                "reference_id": record["q_img"],
+                "target_id": record["t_img"],
+            }
+
+
+def cc_coir(args: argparse.Namespace) -> Iterator[dict]:
+    """CC-CoIR (Ventura et al. 2024): CSV of "pth1", "pth2" (FOLDER/NAME without extension), "edit" and captions."""
+    with open(args.annotations, encoding="utf-8", newline="") as file:
+        for record in csv.DictReader(file):
+            row = {"modification": record["edit"], "reference_id": record["pth1"], "target_id": record["pth2"]}
+            for name, column in (("reference", "pth1"), ("target", "pth2")):
+                stem = args.image_dir / record[column]
+                found = (stem.with_name(stem.name + extension) for extension in EXTENSIONS)
+                row[name] = next((path for path in found if path.is_file()), stem)
+            yield row
+
+
+def rtd(args: argparse.Namespace) -> Iterator[dict]:
+    """RTD's text triplets (Byun et al. 2024): "reference_caption", "conditioning_caption", "target_caption"."""
+    for record in read_records(args.annotations):
+        yield {
+            "reference_caption": record["reference_caption"],
+            "modification": record["conditioning_caption"],
+            "target_caption": record["target_caption"],
+        }
+
+
+def instructpix2pix(args: argparse.Namespace) -> Iterator[dict]:
+    """InstructPix2Pix's prompts (Brooks et al. 2023): JSON lines of "input" or "caption", "edit", "output"."""
+    for record in read_records(args.annotations):
+        yield {
+            "reference_caption": record["input"] if "input" in record else record["caption"],
+            "modification": record["edit"],
+            "target_caption": record["output"],
+        }
+
+
+def webdataset(args: argparse.Namespace) -> Iterator[dict]:
+    """Tar shards such as SynthTriplets18M's (Gu et al. 2024), whose members' names are not published: `--keys` says
+    where reference, target and modification are; json.edit is "edit" in the member json."""
+    if not args.keys:
+        raise ValueError("tar shards need --keys REFERENCE TARGET MODIFICATION")
+    rows = load_dataset("webdataset", data_files=args.annotations, split="train", streaming=True)
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, ImageFeature):
+            rows = rows.cast_column(name, ImageFeature(decode=False))
+    for row in rows:
+        reference, target, modification = (_at(row, key) for key in args.keys)
+        names = {f"{column}_id": f"{row['__key__']}-{column}" for column in ("reference", "target")}
+        yield {"reference": reference, "modification": modification, "target": target, **names}
+
+
+def _at(row: dict, key: str):
+    if key in row:
+        return row[key]
+    outer, _, inner = key.partition(".")
+    if not isinstance(row.get(outer), dict) or inner not in row[outer]:
+        seen = [f"{k}.{i}" for k, v in row.items() if isinstance(v, dict) for i in v if set(v) != {"bytes", "path"}]
+        raise ValueError(f"the shards lack {key}; they have {', '.join(sorted([*row, *seen]))}")
+    return row[outer][inner]
+
+
+SOURCES = {
+    "lasco": lasco, "megapairs": megapairs, "cc-coir": cc_coir, "rtd": rtd, "instructpix2pix": instructpix2pix,
+    "webdataset": webdataset,
+}  # fmt: skip
+WITH_IMAGE_DIR = {"lasco", "megapairs", "cc-coir"}
+TEXTS_ALONE = {"rtd", "instructpix2pix"}
+
+
+def read_records(path: str) -> Iterator[dict]:
+    """Records of a JSON list, or of a file with one JSON object a line.
+
+    Raises:
+        ValueError: naming file and line.
+    """
+    with open(path, encoding="utf-8") as file:
+        start = file.read(1)
+        file.seek(0)
+        if start == "[":
+            try:
+                yield from json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: {error}") from error
+            return
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+
+
+def checked(rows: Iterable[dict], args: argparse.Namespace, bad: list[str]) -> Iterator[dict]:
+    """Rows with a text and pictures that are there; `bad` takes a sentence for each of the others."""
+    for number, row in enumerate(rows):
+        reason = None
+        empty = [name for name, value in row.items() if value is None or (isinstance(value, str) and not value)]
+        absent = [str(value) for value in row.values() if isinstance(value, Path) and not value.is_file()]
+        if empty:
+            reason = f"no {empty[0]}"
+        elif absent:
+            reason = f"no picture {absent[0]}"
+        if reason is not None:
+            bad.append(f"triplet {number}: {reason}")
+            continue
+        pictures = {name: {"path": str(v.absolute()), "bytes": None} for name, v in row.items() if isinstance(v, Path)}
+        ids = {name: str(row[name]) for name in ("reference_id", "target_id") if name in row}
+        yield {**row, **pictures, **ids, "source": args.source, "quality": "published"}
+
+
+def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
+    """Write the triplets; gives their number, and a sentence for each that was left out.
+
+    Raises:
+        ValueError: for files of another form, and unless `args.on_bad_image` is "skip" for triplets without a text or
+            with pictures that are missing.
+    """
+    bad: list[str] = []
+    names = ["modification", "source", "quality"]
+    pictures = [] if args.source in TEXTS_ALONE else ["reference", "target"]
+    names += ["reference_id", "target_id"] if pictures else ["reference_caption", "target_caption"]
+    features = Features({**dict.fromkeys(pictures, ImageFeature()), **dict.fromkeys(names, Value("string"))})
+    rows = islice(checked(SOURCES[args.source](args), args, bad), args.max_rows)
+    folder, count = args.output_dir / "data", 0
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        while chunk := list(islice(rows, args.rows_per_file)):
+            Dataset.from_list(chunk, features=features).to_parquet(
+                folder / f"train-{count // args.rows_per_file:05d}.parquet"
+            )
+            count += len(chunk)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{args.annotations} is not of the form of {args.source}: it lacks {error}") from error
+    shown = "\n".join(f"  {line}" for line in bad[:NAMED_AT_MOST])
+    if bad and (args.on_bad_image == "error" or not count):
+        shutil.rmtree(folder)
+        more = "" if len(bad) <= NAMED_AT_MOST else f"\n  and {len(bad) - NAMED_AT_MOST} more"
+        raise ValueError(
+            f"{len(bad)} of {len(bad) + count} triplets cannot be used:\n{shown}{more}\n"
+            "Check --image_dir, or go on without them by --on_bad_image skip"
+        )
+    if not count:
+        raise ValueError(f"{args.annotations} holds no triplet")
+    (args.output_dir / "left_out.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+    return count, bad
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", choices=sorted(SOURCES))
+    parser.add_argument("--annotations", required=True, help="the authors' file, or a pattern of tar shards")
+    parser.add_argument("--image_dir", type=Path, help="where the pictures lie that the file names")
+    parser.add_argument("--keys", nargs=3, metavar=("REFERENCE", "TARGET", "MODIFICATION"), help="of tar shards")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--max_rows", type=int, help="stop after so many triplets")
+    parser.add_argument("--on_bad_image", default="error", choices=["error", "skip"])
+    parser.add_argument("--rows_per_file", type=int, help="of the output; 100,000, or 1,000 where pictures are copied")
+    args = parser.parse_args(arguments)
+    if args.source in WITH_IMAGE_DIR and args.image_dir is None:
+        parser.error(f"{args.source} needs --image_dir")
+    args.rows_per_file = args.rows_per_file or (1_000 if args.source == "webdataset" else 100_000)
+    try:
+        count, bad = convert(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    note = f", {len(bad)} left out: {os.path.join(args.output_dir, 'left_out.txt')}" if bad else ""
+    sys.stdout.write(f"{count} triplets written to {args.output_dir}{note}\n")
+
+
+if __name__ == "__main__":
+    main()
