@@ -19,7 +19,6 @@ from conftest import ROOT, WORDS
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from mining import Miner
-from rows import load_rows
 from safetensors.torch import load_file
 
 from modeling_tscir import BadImagesError, TSCIRModel
@@ -233,15 +232,6 @@ def test_bad_pictures_stop_a_run_before_it_starts_or_are_skipped(launch, clip_di
     launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--on_bad_image", "skip")
     report = json.loads((tmp_path / "out" / "training_arguments.json").read_text("utf-8"))
     assert [name for name, _ in report["skipped_images"]] == ["row 5, column image", "row 9, column image"]
-
-
-def test_a_local_folder_that_changed_is_read_again(tmp_path):
-    """Where a README names configurations, datasets alone would go on with what it read before."""
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: c\n  data_files: c/*.parquet\n---\n", "utf-8")
-    for count in (3, 5):
-        Dataset.from_dict({"caption": ["x"] * count}).to_parquet(tmp_path / "c" / "train.parquet")
-        arguments = DataArguments(dataset_name=str(tmp_path), dataset_config="c")
-        assert len(load_rows(arguments, {"caption": "a text"}, images=[])[0]) == count
 
 
 def test_wrong_starts_say_which_command_is_missing(launch, clip_dir, stage1_folder, stage2, processor, tmp_path):

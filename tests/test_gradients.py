@@ -1,0 +1,76 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from conftest import randomised
+from gradients import backward, gather_with_gradient
+from stage1 import Stage1Objective
+
+
+def test_gradients_flow_through_a_gather_of_one_process():
+    x = torch.ones(2, 3, requires_grad=True)
+    gather_with_gradient(x).sum().backward()
+    assert torch.equal(x.grad, torch.ones(2, 3))
+
+
+@pytest.fixture
+def objective(stage1, processor) -> Stage1Objective:
+    randomised(stage1.mapper.parameters(), 3)
+    stage1.trainable_parameters()
+    return Stage1Objective(stage1, processor)
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images, captions = (F.normalize(torch.randn(10, 24, generator=generator), dim=-1) for _ in range(2))
+    patches = torch.randn(10, 16, 40, generator=generator).bfloat16()
+    return {"image_embeds": images, "caption_embeds": captions, "patch_states": patches}
+
+
+def gradients(objective) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
+    objective.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10, 64])
+def test_cached_gradients_are_those_of_the_whole_batch(objective, batch, chunk):
+    objective.eval()
+    plain = objective.loss(objective(batch), batch)
+    plain["loss"].backward()
+    expected = gradients(objective)
+    terms = backward(Accelerator(cpu=True), objective, batch, chunk)
+    for name, value in plain.items():
+        torch.testing.assert_close(terms[name], value, atol=1e-5, rtol=1e-5)
+    found = gradients(objective)
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_is_the_same_in_both_passes_of_cached_gradients(objective, batch):
+    objective.train()
+    queries = []
+    for number, start in enumerate(range(0, 10, 4)):
+        torch.manual_seed(7 + number * 1_000_000_007)
+        queries.append(objective({k: v[start : start + 4] for k, v in batch.items()}))
+    objective.loss(torch.cat(queries), batch)["loss"].backward()
+    expected = gradients(objective)
+    backward(Accelerator(cpu=True), objective, batch, chunk=4, seed=7)
+    for name, gradient in gradients(objective).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_chunk_bounds_what_is_held(objective, batch):
+    """At no time are activations of more rows than a chunk's kept for the way back."""
+    held = []
+    forward = objective.forward
+
+    def counted(features):
+        held.append((len(features["image_embeds"]), torch.is_grad_enabled()))
+        return forward(features)
+
+    objective.forward = counted
+    backward(Accelerator(cpu=True), objective, batch, chunk=4)
+    assert held == [(4, False), (4, False), (2, False), (4, True), (4, True), (2, True)]

@@ -1,0 +1,95 @@
+import pytest
+from accelerate import Accelerator
+from arguments import DataArguments, LoopArguments
+from datasets import Dataset
+from rows import GroupedBatches, RowBatches, hold_out, load_rows
+
+from modeling_tscir import BadImagesError
+
+
+def test_batches_cover_an_epoch_once_and_differ_between_epochs():
+    batches = GroupedBatches(10, 3, seed=0)
+    first, again = list(batches), list(batches)
+    assert first == again and [len(b) for b in first] == [3, 3, 3] and len(batches) == 3
+    assert len({row for batch in first for row in batch}) == 9
+    batches.epoch = 1
+    assert list(batches) != first
+    assert list(GroupedBatches(10, 3, seed=1)) != first
+
+
+def test_rows_of_a_group_share_a_batch():
+    groups = [i % 6 for i in range(24)]
+    for batch in GroupedBatches(24, 8, seed=3, groups=groups):
+        assert sorted(groups[row] for row in batch) == sorted([groups[r] for r in batch[::4]] * 4)
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(ValueError, match="per_device_train_batch_size"):
+        GroupedBatches(7, 8, seed=0)
+    with pytest.raises(ValueError, match="9 rows do not fill one step of 1 processes times 4 accumulated batches"):
+        batches(9, gradient_accumulation_steps=4)
+
+
+class Numbers:
+    """A dataset whose batches are their own row numbers."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, rows: list[int]) -> dict:
+        return {"rows": rows}
+
+
+def batches(count: int, **arguments) -> RowBatches:
+    args = LoopArguments(per_device_train_batch_size=3, **arguments)
+    return RowBatches(Accelerator(cpu=True), Numbers(count), args)
+
+
+@pytest.mark.parametrize(("accumulation", "workers"), [(1, 0), (2, 0), (2, 1)])
+def test_batches_go_on_from_any_step_and_are_known_ahead(accumulation, workers):
+    source = batches(17, gradient_accumulation_steps=accumulation, dataloader_num_workers=workers)
+    stream = source.from_step(0)
+    whole = [next(stream)["rows"] for _ in range(24)]
+    assert sorted(sum(whole[: len(whole) // 6], [])) != sum(whole[: len(whole) // 6], [])
+    for step in (1, 4, 7):
+        other = batches(17, gradient_accumulation_steps=accumulation, dataloader_num_workers=workers)
+        stream = other.from_step(step)
+        first = step * accumulation
+        assert [next(stream)["rows"] for _ in range(5)] == whole[first : first + 5]
+        ahead = other.rows_ahead(step, 3)
+        assert ahead == sorted({row for batch in whole[first : first + 3 * accumulation] for row in batch})
+        assert next(stream)["rows"] == whole[first + 5]  # looking ahead changed nothing
+
+
+def test_groups_are_held_out_together():
+    groups = [i // 4 for i in range(40)]
+    kept, held = hold_out(Dataset.from_dict({"group": groups}), 10, seed=0, groups=groups)
+    assert len(held) == 12 and len(kept) == 28 and not set(kept["group"]) & set(held["group"])
+    assert hold_out(Dataset.from_dict({"x": groups}), 10, seed=0)[1]["x"] != held["group"]
+    assert len(hold_out(Dataset.from_dict({"x": groups}), 10, seed=0)[1]) == 10
+    assert hold_out(kept, 0, seed=0) == (kept, None)
+    for count, given in ((40, None), (5, ["one"] * 40)):
+        with pytest.raises(ValueError, match="to train on"):
+            hold_out(Dataset.from_dict({"x": groups}), count, seed=0, groups=given)
+
+
+def test_missing_texts_are_named(tmp_path):
+    Dataset.from_dict({"caption": ["a", None, "b"]}).to_parquet(tmp_path / "train.parquet")
+    arguments = DataArguments(dataset_name=str(tmp_path / "train.parquet"))
+    with pytest.raises(BadImagesError, match="row 1, column caption: no text"):
+        load_rows(arguments, {"caption": "a text"}, images=[])
+    arguments.on_bad_image = "skip"
+    rows, skipped = load_rows(arguments, {"caption": "a text"}, images=[])
+    assert rows["caption"][:] == ["a", "b"] and skipped == [("row 1, column caption", "no text")]
+
+
+def test_a_local_folder_that_changed_is_read_again(tmp_path):
+    """Where a README names configurations, datasets alone would go on with what it read before."""
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: c\n  data_files: c/*.parquet\n---\n", "utf-8")
+    for count in (3, 5):
+        Dataset.from_dict({"caption": ["x"] * count}).to_parquet(tmp_path / "c" / "train.parquet")
+        arguments = DataArguments(dataset_name=str(tmp_path), dataset_config="c")
+        assert len(load_rows(arguments, {"caption": "a text"}, images=[])[0]) == count

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+import stage1 as stage1_script
+import stage2 as stage2_script
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from validation import Validation
+
+from modeling_tscir import TSCIRModel
+
+
+class Given(torch.nn.Module):
+    """An objective whose queries are in the batch."""
+
+    target, reference, device = "targets", "references", torch.device("cpu")
+
+    def frozen(self, batch):
+        return batch
+
+    def forward(self, features):
+        return features["queries"]
+
+
+def test_ranks_among_targets_and_references_of_others():
+    """Three queries on a circle: the first finds its target, for the second another's reference is nearer."""
+    angles = torch.deg2rad(torch.tensor([[0.0, 5, 0], [90, 100, 180], [200, 250, 260]]))  # query, target, reference
+    points = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    points[1, 2] = points[2, 0]  # 200 degrees
+    points[0, 2] = F.normalize(torch.tensor([[-0.1, 1.0]]))[0]  # near the second query
+    batches = [{"queries": points[i : i + 2, 0], "targets": points[i : i + 2, 1], "references": points[i : i + 2, 2]}
+               for i in (0, 2)]  # fmt: skip
+    values = Validation(Given(), batches)()
+    # Ranks 1, 2 (behind the first's reference) and 2 (behind the second's reference; its own is not ranked).
+    assert values["validation_recall_at_1"] == pytest.approx(1 / 3)
+    assert values["validation_recall_at_10"] == 1
+    assert values["validation_mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
+    assert values["validation_similarity"] == pytest.approx(float((points[:, 0] * points[:, 1]).sum(-1).mean()))
+
+
+def measured(err: str) -> dict[int, float]:
+    lines = [line.split() for line in err.splitlines() if "validation_mrr" in line]
+    return {int(w[w.index("step") + 1]): float(w[w.index("validation_mrr") + 1]) for w in lines}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_best_weights_are_kept(launch, clip_dir, stage1, processor, tmp_path, capfd, stage):
+    stage1.save_pretrained(tmp_path / "stage1", backbone="reference")
+    processor.save_pretrained(tmp_path / "stage1")
+    script, start = {1: (stage1_script, clip_dir), 2: (stage2_script, tmp_path / "stage1")}[stage]
+    flags = ["--max_steps", 8, "--learning_rate", 0.05, "--per_device_train_batch_size", 4]
+    flags += ["--validation_rows", 8, "--eval_steps", 2, "--save_steps", 2, "--save_total_limit", 20]
+    last = launch(script, start, tmp_path / "out", *flags)
+    values = measured(capfd.readouterr().err)
+    assert list(values) == [2, 4, 6, 8]
+    best = json.loads((tmp_path / "out/best/validation.json").read_text("utf-8"))
+    assert best["validation_mrr"] == pytest.approx(max(values.values()), abs=0.005)
+    folder = tmp_path / "out" if best["step"] == 8 else tmp_path / f"out/checkpoint-{best['step']}"
+    kept, wanted = (load_file(f / "tscir_delta.safetensors") for f in (tmp_path / "out/best", folder))
+    assert all(torch.equal(kept[k], wanted[k]) for k in wanted)
+    assert TSCIRModel.from_pretrained(tmp_path / "out/best").config.stage == stage
+    # How often it is looked at changes nothing; and a run that goes on knows what was best before.
+    flags[flags.index("--eval_steps") + 1] = 3
+    assert all(torch.equal(last[k], v) for k, v in launch(script, start, tmp_path / "b", *flags).items())
+    flags[flags.index("--eval_steps") + 1] = 2
+    (tmp_path / "out/best/validation.json").unlink()
+    launch(script, start, tmp_path / "out", *flags, "--resume_from_checkpoint", tmp_path / "out/checkpoint-6")
+    again = measured(capfd.readouterr().err)
+    assert (tmp_path / "out/best/validation.json").exists() == (best["step"] == 8) and again[8] == values[8]
