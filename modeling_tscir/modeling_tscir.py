@@ -190,7 +190,8 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
         Raises:
             ValueError: if places and pseudo-words differ in number.
         """
-        if not torch.compiler.is_compiling() and int(pseudo_mask.sum()) != pseudo_words.shape[:2].numel():
+        countable = not (torch.compiler.is_compiling() or pseudo_mask.is_meta)
+        if countable and int(pseudo_mask.sum()) != pseudo_words.shape[:2].numel():
             raise ValueError(
                 f"pseudo_mask has {int(pseudo_mask.sum())} places for {pseudo_words.shape[:2].numel()} pseudo-words; "
                 f"make the processor with num_pseudo_words={pseudo_words.shape[1]}"

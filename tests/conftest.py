@@ -27,7 +27,7 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "train"), str(ROOT / "eval")]
+sys.path[:0] = [str(ROOT), str(ROOT / "train"), str(ROOT / "eval"), str(ROOT / "eval/speed")]
 import harness  # noqa: E402  (found on the path just set)
 
 

@@ -4,10 +4,10 @@ import logging
 import pytest
 import torch
 from conftest import DATA_DIR, needs_data
+from real_input import real_tokenizer
 from transformers import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from eval.speed.real_input import real_tokenizer
 from modeling_tscir import TSCIRProcessor
 
 

@@ -1,7 +1,8 @@
-"""Real photos, real texts and CLIP's real vocabulary through everything, on a ViT-B/32 of random weights.
+"""Real photos, real texts and CLIP's real vocabulary through everything, on a CLIP of random weights.
 
     python eval/speed/real_input.py --photos FOLDER --bpe bpe_simple_vocab_16e6.txt.gz \\
         --captions captions_val2017.json --modifications cap.rc2.val.json --output_dir runs/real_input
+    ... --shape ViT-L/14 --mixed_precision bf16 --per_device_train_batch_size 16
 
 Indexes and searches the photos through the pipeline, then runs both stages for some steps on photos paired at random
 with COCO captions and CIRR modifications. Prints token ids, shapes, seconds and peak memory. What the weights alone
@@ -12,6 +13,7 @@ import argparse
 import gzip
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -19,9 +21,10 @@ import time
 from pathlib import Path
 
 import torch
+from clip_shapes import SHAPES
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, pipeline
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, pipeline
 
 import modeling_tscir
 from modeling_tscir.images import list_images
@@ -38,15 +41,9 @@ def real_tokenizer(bpe_file: Path) -> CLIPTokenizer:
     return CLIPTokenizer(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, model_max_length=77)
 
 
-def write_random_clip(folder: Path, bpe_file: Path) -> None:
-    """ViT-B/32 shape, as openai/clip-vit-base-patch32 is configured, with random weights."""
+def write_random_clip(folder: Path, shape: str, bpe_file: Path) -> None:
     torch.manual_seed(0)
-    config = CLIPConfig(
-        text_config={"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "vocab_size": 49408},
-        vision_config={"patch_size": 32},
-        projection_dim=512,
-    )
-    CLIPModel(config).save_pretrained(folder)
+    CLIPModel(SHAPES[shape]).save_pretrained(folder)
     real_tokenizer(bpe_file).save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
 
@@ -59,10 +56,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("photos", "bpe", "captions", "modifications", "output_dir"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="ViT-B/32")
+    parser.add_argument("--max_photos", type=int, help="fewer than the folder holds")
     parser.add_argument("--max_steps", type=int, default=20)
+    parser.add_argument("--mixed_precision", default="no")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=64)
     args = parser.parse_args()
     clip_dir = args.output_dir / "clip"
-    write_random_clip(clip_dir, args.bpe)
+    write_random_clip(clip_dir, args.shape, args.bpe)
     print("| work | figure |\n|---|---|")
 
     model = modeling_tscir.TSCIRModel.from_clip_pretrained(clip_dir)
@@ -75,20 +76,21 @@ def main() -> None:
 
     cir = pipeline("composed-image-retrieval", model=model, processor=processor)
     start = time.perf_counter()
-    cir.index(args.photos)
+    names = list_images(args.photos)[: args.max_photos]
+    cir.index([str(args.photos / name) for name in names])
     seconds = time.perf_counter() - start
     print(f"| photos indexed | {len(cir.gallery_ids)} in {seconds:.1f} s |")
-    photo = str(args.photos / cir.gallery_ids[0])
+    photo = str(args.photos / names[0])
     start = time.perf_counter()
     for _ in range(10):
         found = cir(image=photo, text="is red with long sleeves", top_k=5)
     print(f"| one search through the pipeline | {(time.perf_counter() - start) / 10 * 1000:.0f} ms |")
     itself = cir(image=photo, text="", top_k=1, weight=-1.0)[0]
-    print(f"| the photo finds itself | {itself['id'] == cir.gallery_ids[0]}, cosine {itself['score']:.4f} |")
+    print(f"| the photo finds itself | {itself['id'] == photo}, cosine {itself['score']:.4f} |")
     print(f"| peak memory so far | {peak_gb():.2f} GB |")
     assert len(found) == 5
 
-    train(args, clip_dir, list_images(args.photos))
+    train(args, clip_dir, names)
 
 
 def train(args: argparse.Namespace, clip_dir: Path, names: list[str]) -> None:
@@ -113,13 +115,17 @@ def train(args: argparse.Namespace, clip_dir: Path, names: list[str]) -> None:
         output = args.output_dir / f"stage{stage}"
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
         command += [f"train/stage{stage}.py", "--model_name_or_path", model, "--dataset_name", args.output_dir / name]
-        command += ["--output_dir", output, "--max_steps", args.max_steps, "--per_device_train_batch_size", 64]
+        command += ["--output_dir", output, "--max_steps", args.max_steps, "--logging_steps", args.max_steps]
+        command += ["--per_device_train_batch_size", args.per_device_train_batch_size]
+        command += ["--mixed_precision", args.mixed_precision, "--feature_batch_size", 32]
         start = time.perf_counter()
-        subprocess.run([str(part) for part in command], check=True, stderr=subprocess.DEVNULL)
+        result = subprocess.run([str(part) for part in command], check=True, stderr=subprocess.PIPE, text=True)
         seconds = time.perf_counter() - start
+        rate = float(re.findall(r"rows_per_second (\S+)", result.stderr)[-1])
         memory = peak_gb(resource.RUSAGE_CHILDREN)
-        work = f"stage {stage}, {args.max_steps} steps of 64, start and frozen features included"
-        print(f"| {work} | {seconds:.0f} s, peak {memory:.2f} GB |")
+        work = f"stage {stage}, {args.max_steps} steps of {args.per_device_train_batch_size}, {args.mixed_precision}"
+        print(f"| {work}, start and frozen features included | {seconds:.0f} s, peak {memory:.2f} GB |")
+        print(f"| of it a step, of which features were computed before | {rate:.1f} rows/s |")
         model = output
 
 
