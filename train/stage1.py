@@ -6,7 +6,6 @@
 Rows need a picture and a caption. `--num_injection_blocks 0 --soft_alignment_weight 0` trains the plain MLP baseline.
 """
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from arguments import DataArguments, LoopArguments, parse_arguments
 from datasets import Dataset
-from gradients import Objective, gather_with_gradient
+from gradients import Objective, bf16_where_fast, gather_with_gradient
 from loop import make_accelerator, train
 from rows import RowBatches, hold_out, in_batches, load_rows
 from stream import Examples, StreamBatches, hold_out_shard, load_stream, shard_batches
@@ -74,6 +73,8 @@ class Stage1Data(torch.utils.data.Dataset):
         self.image_embeds = self.patch_states = None
         # The fingerprint of datasets changes with the files and with everything done to the rows.
         content = [rows._fingerprint, len(rows)]
+        if torch.is_autocast_enabled(model.device.type):
+            content.append(str(torch.get_autocast_dtype(model.device.type)))
         keys = [feature_key(model, processor, [*content, c]) for c in (args.image_column, args.caption_column)]
         if not model.mapper.needs_patches:
             self.image_embeds = cached(
@@ -173,12 +174,6 @@ class Stage1Objective(Objective):
         return {"loss": loss, **terms}
 
 
-def bf16_where_fast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Autocast to bf16 on GPUs and on CPUs with AMX; on other CPUs bf16 is slower than fp32."""
-    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16) if fast else contextlib.nullcontext()
-
-
 def main() -> None:
     loop, data, args = parse_arguments(
         LoopArguments,
@@ -196,7 +191,8 @@ def main() -> None:
     model.to(accelerator.device)
     objective = Stage1Objective(model, processor)
     prepare = stream_data if args.streaming else row_data
-    batches, held_out = prepare(accelerator, model, processor, loop, data, args)
+    with bf16_where_fast(model.device, asked=loop.mixed_precision == "bf16"):
+        batches, held_out = prepare(accelerator, model, processor, loop, data, args)
     validation = Validation(objective, held_out) if held_out and accelerator.is_main_process else None
     train(accelerator, objective, model, processor, batches, loop, vars(data) | vars(args), validation)
 

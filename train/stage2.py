@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from arguments import DataArguments, LoopArguments, parse_arguments
 from datasets import Dataset
-from gradients import Objective, gather_with_gradient
+from gradients import Objective, bf16_where_fast, gather_with_gradient
 from loop import make_accelerator, train
 from mining import Miner
 from rows import RowBatches, hold_out, in_batches, load_rows, load_source
@@ -196,12 +196,14 @@ def main() -> None:
     model.to(accelerator.device).eval()
     rows, skipped = load_triplets(data, args)
     rows, held_out = hold_out(rows, data.validation_rows, loop.seed, group_names(rows, args))
-    dataset = Stage2Data(rows, model, processor, data, args)
+    with bf16_where_fast(model.device, asked=loop.mixed_precision == "bf16"):
+        dataset = Stage2Data(rows, model, processor, data, args)
+        watched = held_out is not None and accelerator.is_main_process
+        held_out = Stage2Data(held_out, model, processor, data, args) if watched else None
     batches = RowBatches(accelerator, dataset, loop, dataset.groups, skipped)
     miner = Miner(dataset, model, args.hard_negative_refresh, batches.rows_ahead)
     validation = None
-    if held_out is not None and accelerator.is_main_process:
-        held_out = Stage2Data(held_out, model, processor, data, args)
+    if held_out is not None:
         validation = Validation(Stage2Objective(model), in_batches(held_out, data.feature_batch_size))
     train(
         accelerator,
