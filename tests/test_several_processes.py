@@ -138,6 +138,20 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_tensors(
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+@pytest.mark.slow
+def test_two_processes_resume_stage_two_with_what_each_has_mined(data, stage1, processor, tmp_path):
+    stage1.save_pretrained(tmp_path / "stage1", backbone="reference")
+    processor.save_pretrained(tmp_path / "stage1")
+    command = ["train/stage2.py", "--model_name_or_path", tmp_path / "stage1", "--dataset_name", data / "triplets"]
+    command += ["--per_device_train_batch_size", 4, "--max_steps", 9, "--hard_negative_refresh", 2, "--save_steps", 3]
+    run_to_its_end(2, *command, "--output_dir", tmp_path / "whole")
+    for step in (3, 6):
+        resume = ["--resume_from_checkpoint", tmp_path / f"whole/checkpoint-{step}"]
+        run_to_its_end(2, *command, "--output_dir", tmp_path / "resumed", *resume)
+        whole, resumed = (load_file(tmp_path / name / "tscir_delta.safetensors") for name in ("whole", "resumed"))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 @pytest.fixture
 def captions(tmp_path):
     rng = np.random.default_rng(0)
