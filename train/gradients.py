@@ -40,17 +40,27 @@ class Objective(nn.Module):
         raise NotImplementedError
 
 
+class Gather(torch.autograd.Function):
+    """Rows of all processes, in the order of ranks; each process gets the sum of all gradients by its own rows."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
 def gather_with_gradient(tensor: torch.Tensor) -> torch.Tensor:
     """Rows of all processes, in the order of ranks; gradients flow back to the process they came from."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor
-    if not tensor.is_floating_point():
-        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-    import torch.distributed.nn.functional as dist
-
-    return torch.cat(dist.all_gather(tensor.contiguous()))
+    return Gather.apply(tensor.contiguous())
 
 
 def backward(
