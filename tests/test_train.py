@@ -68,6 +68,16 @@ def test_both_stages_train_their_part_alone_and_load(launch, clip_dir, tmp_path,
     assert (model.config.stage, model.config.num_pseudo_words) == (2, 2)
 
 
+def test_stage_two_goes_on_from_stage_two(launch, stage1_folder, tmp_path, capsys):
+    first = launch(stage2_script, stage1_folder, tmp_path / "a", "--max_steps", 2, "--lora_rank", 2)
+    flags = ["--max_steps", 1, "--learning_rate", 0]
+    assert same(first, launch(stage2_script, tmp_path / "a", tmp_path / "b", *flags))
+    assert "goes on with them" in capsys.readouterr().out
+    assert not same(first, launch(stage2_script, tmp_path / "a", tmp_path / "c", "--max_steps", 3))
+    with pytest.raises(ValueError, match="lora_rank 2 already"):
+        launch(stage2_script, tmp_path / "a", tmp_path / "d", "--lora_rank", 4)
+
+
 def test_training_lowers_the_loss(launch, clip_dir, tmp_path, capfd):
     launch(
         stage1_script, clip_dir, tmp_path / "one", "--max_steps", 40, "--learning_rate", "0.003", "--mapper_dropout", 0

@@ -6,7 +6,8 @@
 Rows need a reference picture, a modification text and a target picture. Rows of one `reference_id` share a batch, so
 that targets of other edits of the same reference are hard negatives; rows of one `target_id` are never negatives of
 each other. Text triplets will do as well: where the data has captions in place of pictures, a reference's caption
-stands in the prompt where its pseudo-words would, and the target is its caption's embedding.
+stands in the prompt where its pseudo-words would, and the target is its caption's embedding. From a folder of stage
+II, training goes on with its adapters: first on many texts, say, then on few pictures.
 """
 
 from dataclasses import dataclass, field
@@ -190,9 +191,14 @@ def main() -> None:
     model = TSCIRModel.from_pretrained(data.model_name_or_path)
     processor = TSCIRProcessor.from_pretrained(data.model_name_or_path)
     for name, value in args.choices().items():
+        if name.startswith("lora_") and model.config.stage == 2 and value != getattr(model.config, name):
+            raise ValueError(f"{data.model_name_or_path} has adapters of {name} {getattr(model.config, name)} already")
         setattr(model.config, name, value)
     model.config.validate_choices()
-    model.add_adapters()
+    if model.config.stage == 2:
+        accelerator.print(f"{data.model_name_or_path} has composing adapters already; training goes on with them")
+    else:
+        model.add_adapters()
     model.to(accelerator.device).eval()
     rows, skipped = load_triplets(data, args)
     rows, held_out = hold_out(rows, data.validation_rows, loop.seed, group_names(rows, args))

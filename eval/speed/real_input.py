@@ -12,6 +12,8 @@ decide, retrieval quality, is not tested by this.
 import argparse
 import gzip
 import json
+import multiprocessing
+import os
 import random
 import re
 import resource
@@ -48,8 +50,8 @@ def write_random_clip(folder: Path, shape: str, bpe_file: Path) -> None:
     CLIPImageProcessorPil().save_pretrained(folder)
 
 
-def peak_gb(who: int = resource.RUSAGE_SELF) -> float:
-    return resource.getrusage(who).ru_maxrss / 2**20
+def peak_gb(usage: resource.struct_rusage) -> float:
+    return usage.ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -62,10 +64,20 @@ def main() -> None:
     parser.add_argument("--mixed_precision", default="no")
     parser.add_argument("--per_device_train_batch_size", type=int, default=64)
     args = parser.parse_args()
+    names = list_images(args.photos)[: args.max_photos]
+    print("| work | figure |\n|---|---|", flush=True)
+    # In a process of its own: what this one ever held, the memory of its children would seem to begin with.
+    searching = multiprocessing.get_context("spawn").Process(target=search, args=(args, names))
+    searching.start()
+    searching.join()
+    if searching.exitcode:
+        sys.exit(searching.exitcode)
+    train(args, args.output_dir / "clip", names)
+
+
+def search(args: argparse.Namespace, names: list[str]) -> None:
     clip_dir = args.output_dir / "clip"
     write_random_clip(clip_dir, args.shape, args.bpe)
-    print("| work | figure |\n|---|---|")
-
     model = modeling_tscir.TSCIRModel.from_clip_pretrained(clip_dir)
     processor = modeling_tscir.TSCIRProcessor.from_clip_pretrained(clip_dir)
     inputs = processor(images=[str(args.photos / list_images(args.photos)[0])], text=["is red with long sleeves"])
@@ -76,7 +88,6 @@ def main() -> None:
 
     cir = pipeline("composed-image-retrieval", model=model, processor=processor)
     start = time.perf_counter()
-    names = list_images(args.photos)[: args.max_photos]
     cir.index([str(args.photos / name) for name in names])
     seconds = time.perf_counter() - start
     print(f"| photos indexed | {len(cir.gallery_ids)} in {seconds:.1f} s |")
@@ -87,10 +98,8 @@ def main() -> None:
     print(f"| one search through the pipeline | {(time.perf_counter() - start) / 10 * 1000:.0f} ms |")
     itself = cir(image=photo, text="", top_k=1, weight=-1.0)[0]
     print(f"| the photo finds itself | {itself['id'] == photo}, cosine {itself['score']:.4f} |")
-    print(f"| peak memory so far | {peak_gb():.2f} GB |")
+    print(f"| peak memory of that | {peak_gb(resource.getrusage(resource.RUSAGE_SELF)):.2f} GB |")
     assert len(found) == 5
-
-    train(args, clip_dir, names)
 
 
 def train(args: argparse.Namespace, clip_dir: Path, names: list[str]) -> None:
@@ -119,10 +128,16 @@ def train(args: argparse.Namespace, clip_dir: Path, names: list[str]) -> None:
         command += ["--per_device_train_batch_size", args.per_device_train_batch_size]
         command += ["--mixed_precision", args.mixed_precision, "--feature_batch_size", 32]
         start = time.perf_counter()
-        result = subprocess.run([str(part) for part in command], check=True, stderr=subprocess.PIPE, text=True)
-        seconds = time.perf_counter() - start
-        rate = float(re.findall(r"rows_per_second (\S+)", result.stderr)[-1])
-        memory = peak_gb(resource.RUSAGE_CHILDREN)
+        with open(args.output_dir / f"stage{stage}.log", "w+", encoding="utf-8") as log:
+            process = subprocess.Popen([str(part) for part in command], stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - start
+            log.seek(0)
+            told = log.read()
+        if status:
+            sys.exit(told)
+        rate = float(re.findall(r"rows_per_second (\S+)", told)[-1])
+        memory = peak_gb(usage)
         work = f"stage {stage}, {args.max_steps} steps of {args.per_device_train_batch_size}, {args.mixed_precision}"
         print(f"| {work}, start and frozen features included | {seconds:.0f} s, peak {memory:.2f} GB |")
         print(f"| of it a step, of which features were computed before | {rate:.1f} rows/s |")
