@@ -4,7 +4,7 @@ DEMO_FLAGS ?=
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test ablation lint clean
 
 # torch first: an unpinned torch would bring gigabytes of CUDA libraries to machines that have no use for them.
 $(BIN)/.installed: pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ demo: $(BIN)/.installed
 
 test: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+ablation: $(BIN)/.installed
+	$(BIN)/python eval/ablation.py --output_dir runs/ablation $(ABLATION_FLAGS)
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -45,6 +45,17 @@ def test_frozen_features_are_shared_between_runs(launch, clip_dir, tmp_path, mon
     assert all(torch.equal(alone[key], shared[key]) for key in alone)
 
 
+def test_targets_are_embedded_once_for_several_runs(launch, stage1_folder, tmp_path, monkeypatch):
+    embedded = []
+    embed = stage2_script.embed_images
+    monkeypatch.setattr(stage2_script, "embed_images", lambda *args, **kw: embedded.append(1) or embed(*args, **kw))
+    flags = ["--max_steps", 2, "--feature_cache_dir", tmp_path / "cache"]
+    tensors = [launch(stage2_script, stage1_folder, tmp_path / name, *flags) for name in ("a", "b")]
+    assert len(embedded) == 1 and same(*tensors)
+    launch(stage2_script, stage1_folder, tmp_path / "c", "--max_steps", 1)
+    assert len(embedded) == 2
+
+
 @pytest.fixture
 def stage1_folder(stage1, processor, tmp_path):
     stage1.save_pretrained(tmp_path / "given", backbone="reference")

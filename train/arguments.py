@@ -64,7 +64,7 @@ class DataArguments:
     )
     feature_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps embeddings of pictures and captions for the next run on the same data."},
+        metadata={"help": "Folder that keeps frozen features for the next run on the same data."},
     )
     feature_batch_size: int = field(default=128, metadata={"help": "Pictures a forward pass of the frozen towers."})
     on_bad_image: str = field(default="error", metadata={"help": "error, or skip: go on without unreadable rows."})

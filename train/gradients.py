@@ -109,3 +109,9 @@ def bf16_where_fast(device: torch.device, asked: bool = True) -> contextlib.Abst
     """Autocast to bf16, if asked for, on GPUs and on CPUs with AMX; on other CPUs bf16 is slower than fp32."""
     fast = device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
     return torch.autocast(device.type, torch.bfloat16) if asked and fast else contextlib.nullcontext()
+
+
+def precision(model: TSCIRModel) -> str:
+    """What frozen features are computed in, as things stand: autocast's type, or the model's own."""
+    device = model.device.type
+    return str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype)

@@ -6,6 +6,7 @@
 Rows need a picture and a caption. `--num_injection_blocks 0 --soft_alignment_weight 0` trains the plain MLP baseline.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from arguments import DataArguments, LoopArguments, parse_arguments
 from datasets import Dataset
-from gradients import Objective, bf16_where_fast, gather_with_gradient
+from gradients import Objective, bf16_where_fast, gather_with_gradient, precision
 from loop import make_accelerator, train
 from rows import RowBatches, hold_out, in_batches, load_rows
 from stream import Examples, StreamBatches, hold_out_shard, load_stream, shard_batches
@@ -72,9 +73,7 @@ class Stage1Data(torch.utils.data.Dataset):
         needed_gb = len(rows) * num_patches * vision.hidden_size * 2 / 2**30
         self.image_embeds = self.patch_states = None
         # The fingerprint of datasets changes with the files and with everything done to the rows.
-        content = [rows._fingerprint, len(rows)]
-        if torch.is_autocast_enabled(model.device.type):
-            content.append(str(torch.get_autocast_dtype(model.device.type)))
+        content = [rows._fingerprint, len(rows), precision(model)]
         keys = [feature_key(model, processor, [*content, c]) for c in (args.image_column, args.caption_column)]
         if not model.mapper.needs_patches:
             self.image_embeds = cached(
@@ -83,10 +82,13 @@ class Stage1Data(torch.utils.data.Dataset):
                 lambda: embed_images(model, processor, self.images, data.feature_batch_size, progress="images"),
             )
         elif needed_gb <= data.feature_cache_gb:
-            embeds, self.patch_states = embed_images_with_patches(
-                model, processor, self.images, data.feature_batch_size, progress="images"
+            both = functools.cache(
+                lambda: embed_images_with_patches(
+                    model, processor, self.images, data.feature_batch_size, progress="images"
+                )
             )
-            self.image_embeds = cached(data.feature_cache_dir, keys[0], lambda: embeds)
+            self.image_embeds = cached(data.feature_cache_dir, keys[0], lambda: both()[0])
+            self.patch_states = cached(data.feature_cache_dir, f"{keys[0]}-patches", lambda: both()[1])
         self.caption_embeds = cached(
             data.feature_cache_dir,
             keys[1],

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from arguments import DataArguments, LoopArguments, parse_arguments
 from datasets import Dataset
-from gradients import Objective, bf16_where_fast, gather_with_gradient
+from gradients import Objective, bf16_where_fast, gather_with_gradient, precision
 from loop import make_accelerator, train
 from mining import Miner
 from rows import RowBatches, hold_out, in_batches, load_rows, load_source
@@ -23,6 +23,7 @@ from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_references, embed_texts
+from modeling_tscir.feature_cache import cached, feature_key
 from modeling_tscir.losses import composing_loss
 
 
@@ -75,12 +76,14 @@ class Stage2Data(torch.utils.data.Dataset):
         self.groups = group_names(rows, args)
         if args.reference_column in rows.column_names:
             self.captions = None
-            self._embed_pictures(rows, model, data.feature_batch_size, args)
+            self._embed_pictures(rows, model, data.feature_batch_size, data.feature_cache_dir, args)
         else:
             self.captions = list(rows[args.reference_caption_column])
             self._embed_captions(rows, model, args)
 
-    def _embed_pictures(self, rows: Dataset, model: TSCIRModel, size: int, args: Stage2Arguments) -> None:
+    def _embed_pictures(
+        self, rows: Dataset, model: TSCIRModel, size: int, folder: str | None, args: Stage2Arguments
+    ) -> None:
         references, targets = rows[args.reference_column], rows[args.target_column]
         firsts = first_of_each(self.groups or [r["bytes"] or r["path"] for r in references])
         unique = sorted(set(firsts))
@@ -90,7 +93,11 @@ class Stage2Data(torch.utils.data.Dataset):
         position = {row: i for i, row in enumerate(unique)}
         index = torch.tensor([position[first] for first in firsts])
         self.reference_embeds, self.pseudo_words = embeds[index], words[index]
-        self.target_embeds = embed_images(model, self.processor, targets, size, progress="targets")
+        # The fingerprint of datasets changes with the files and with everything done to the rows.
+        key = feature_key(model, self.processor, [rows._fingerprint, len(rows), args.target_column, precision(model)])
+        self.target_embeds = cached(
+            folder, key, lambda: embed_images(model, self.processor, targets, size, progress="targets")
+        )
         named = args.target_id_column in rows.column_names
         names = rows[args.target_id_column] if named else [t["bytes"] or t["path"] for t in targets]
         self.target_ids = torch.tensor(first_of_each(list(names)))

@@ -1,0 +1,113 @@
+import ablation
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from ablation import Grid, Runner
+from conftest import ROOT
+
+from miniature.compare import SHOWN
+
+
+def test_the_stored_grid_is_understood():
+    grid = Grid.read(ROOT / "eval/ablation/components.yaml")
+    assert len(grid.seeds) == 5 and "TSCIR" in grid.runs and len(grid.claims) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": [0]}, "needs seeds, stage1, runs and claims"),
+        ({"runs": {"a": {"stage1": "none"}}}, "run 'a': needs stage1, one of"),
+        ({"claims": {"c": ["a", "b"]}}, r"claim 'c': \['a', 'b'\] are not two of"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(tmp_path, change, message):
+    content = {"seeds": [0], "stage1": {"full": {}}, "runs": {"a": {"stage1": "full"}}, "claims": {}} | change
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content), "utf-8")
+    with pytest.raises(ValueError, match=message):
+        Grid.read(tmp_path / "grid.yaml")
+
+
+GRID = Grid(
+    seeds=[0, 1],
+    stage1={"full": {}, "plain": {"num_injection_blocks": 0}},
+    runs={"alone": {"stage1": "full"}, "whole": {"stage1": "full", "stage2": {}},
+          "other": {"stage1": "plain", "stage2": {"lora_rank": 2}}},
+    claims={"stage II helps": ["whole", "alone"], "injection helps": ["whole", "other"]},
+)  # fmt: skip
+
+
+def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monkeypatch):
+    commands = []
+
+    def call(self, command, log):
+        commands.append([str(part) for part in command])
+        folder = command[command.index("--output_dir") + 1]
+        if "--evaluate" in command:
+            (command[command.index("--evaluate") + 1] / "val.parquet").write_bytes(b"x")
+        else:
+            folder.mkdir(parents=True)
+            (folder / "training_arguments.json").write_text("{}", "utf-8")
+
+    monkeypatch.setattr(Runner, "_call", call)
+
+    def run_all() -> dict:
+        commands.clear()
+        runner = Runner(tmp_path, "val", 2, ["--max_steps", "3"])
+        work = {(n, s): runner.run(n, r, GRID, s) for s in GRID.seeds for n, r in GRID.runs.items()}
+        for _, done in work.values():
+            done.result()
+        return {key: folder for key, (folder, _) in work.items()}
+
+    folders = run_all()
+    trainings = [c for c in commands if "--evaluate" not in c]
+    assert len(trainings) == 2 * (2 + 2) and len(commands) - len(trainings) == 6
+    second = next(c for c in trainings if c[c.index("--output_dir") + 1] == str(folders["other", 1]))
+    assert second[1] == "train/stage2.py" and second[second.index("--lora_rank") + 1] == "2"
+    assert second[second.index("--seed") + 1] == "1"
+    assert second[second.index("--model_name_or_path") + 1] == str(tmp_path / "stage1/plain-1")
+    assert run_all() == folders and commands == []
+    (folders["whole", 0] / "training_arguments.json").unlink()
+    (folders["whole", 0] / "checkpoint-20").mkdir()
+    monkeypatch.setattr(Runner, "_call", lambda self, command, log: commands.append([str(c) for c in command]))
+    run_all()
+    assert len(commands) == 1 and commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+def test_the_report_tells_effects_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    strength = {"alone": 0.2, "whole": 0.6, "other": 0.6}
+    frames = []
+    for run, share in strength.items():
+        for seed in GRID.seeds:
+            for metric in SHOWN:
+                value = (rng.random(300) < share).astype(float)
+                cluster = [f"c{i // 2}" for i in range(300)]
+                frames.append(pd.DataFrame({"metric": metric, "cluster": cluster, "value": value, "query": range(300),
+                                            "run": run, "seed": seed}))  # fmt: skip
+    table = pd.concat(frames, ignore_index=True)
+    tidy, claims, details = ablation.summarise(table, GRID)
+    assert len(tidy) == 3 * 2 * len(SHOWN) and set(tidy["queries"]) == {300}
+    assert [claim["verdict"] for claim in claims] == ["holds", "cannot be told"]
+    assert claims[0]["effect"] == pytest.approx(0.4, abs=0.05) and claims[0]["ci_low"] > 0.3
+    assert {"claim", "verdict", "effect", "ci_low", "ci_high"} <= set(claims[0])
+    text = ablation.report(table, GRID, claims, details, "val", tmp_path)
+    assert "| stage II helps | +" in text and "300 (R@1)" in text
+    assert (tmp_path / "effects.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_a_small_grid_from_beginning_to_end(tmp_path, monkeypatch, capsys):
+    content = {
+        "seeds": [0],
+        "stage1": {"full": {}},
+        "runs": {"alone": {"stage1": "full"}, "TSCIR": {"stage1": "full", "stage2": {}}},
+        "claims": {"adapters help": ["TSCIR", "alone"]},
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content), "utf-8")
+    flags = ["--config", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--max_steps", 2]
+    monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, flags)])
+    ablation.main()
+    assert "| adapters help |" in (tmp_path / "out/report.md").read_text("utf-8")
+    assert set(pd.read_csv(tmp_path / "out/table.csv")["run"]) == {"alone", "TSCIR"}

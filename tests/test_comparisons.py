@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+from comparisons import Effect, compared, holm, resampled_means, verdict
+from significance import mean_and_standard_error
+
+
+def test_holm_by_hand():
+    """Sorted 0.01, 0.02, 0.03, 0.04: times 4, 3, 2, 1, never falling."""
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([0.03]) == pytest.approx([0.03])
+
+
+def test_the_bootstrap_spreads_as_the_clustered_standard_error():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(300), 3)
+    values = rng.normal(size=300)[clusters] + rng.normal(size=900)
+    mean, error = mean_and_standard_error(values, clusters)
+    means = resampled_means(values[None], clusters, rng, 4000)
+    assert means.mean() == pytest.approx(mean, abs=3 * error / 4000**0.5 + 0.002)
+    assert means.std() == pytest.approx(error, rel=0.05)
+    alone = resampled_means(values[None], np.arange(900), rng, 4000)
+    assert alone.std() < 0.8 * means.std()  # queries of one reference are not independent
+
+
+def test_seeds_are_drawn_too():
+    """Seeds that differ widen the interval, though every seed's queries agree."""
+    values = np.repeat([[0.0], [1.0], [2.0], [3.0]], 50, axis=1)
+    means = resampled_means(values, np.arange(50), np.random.default_rng(0), 4000)
+    assert means.std() == pytest.approx(np.std([0, 1, 2, 3]) / 2, rel=0.05)
+
+
+def test_clear_effects_are_told_and_others_are_not():
+    rng = np.random.default_rng(0)
+    clusters, noise = np.arange(400), rng.normal(size=(3, 400))
+    clear = compared([(noise + 1, clusters), (noise + 0.5, clusters)])
+    assert clear.effect == pytest.approx(0.75, abs=0.1) and clear.ci_low > 0.5 and clear.p_value < 0.001
+    nothing = compared([(noise - noise.mean(), clusters)])
+    assert nothing.ci_low < 0 < nothing.ci_high and nothing.p_value > 0.5
+    assert verdict(clear, 0.01) == "holds" and verdict(clear, 0.2) == "cannot be told"
+    assert verdict(Effect(-1, -2, -0.5, 0.001), 0.001) == "does not hold"
+    with pytest.raises(ValueError, match="NaN"):
+        compared([(noise * np.nan, clusters)])
