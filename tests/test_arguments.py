@@ -2,7 +2,7 @@ import sys
 from dataclasses import dataclass, field
 
 import pytest
-from arguments import parse_arguments
+from arguments import DataArguments, LoopArguments, parse_arguments, run_as_script
 
 
 @dataclass
@@ -43,3 +43,26 @@ def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
     with pytest.raises(SystemExit):
         parse("--config", recipe, *flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logging_steps": 0}, "--logging_steps must be at least 1, not 0"),
+        ({"eval_steps": 0}, "--eval_steps must be at least 1"),
+        ({"gradient_cache_chunk": -2}, "--gradient_cache_chunk must be at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        LoopArguments(**change)
+
+
+def test_errors_for_the_user_end_a_script_without_a_traceback():
+    def main():
+        raise ValueError("the column is missing")
+
+    with pytest.raises(SystemExit, match="error: the column is missing"):
+        run_as_script(main)
+    with pytest.raises(ValueError, match="--on_bad_image must be error or skip, not ignore"):
+        DataArguments(on_bad_image="ignore")

@@ -143,10 +143,20 @@ def test_what_cannot_be_used_is_named_or_listed(tmp_path, coco, capsys):
     with pytest.raises(SystemExit, match=r"(?s)2 of 6 .*triplet 1: no modification.*triplet 5: no picture .*06\.jpg"):
         run(tmp_path, "lasco", *flags)
     assert not list((tmp_path / "out").rglob("*.parquet"))
+    (tmp_path / "out/data").mkdir()
+    (tmp_path / "out/data/mine.txt").write_text("precious", "utf-8")
     rows = run(tmp_path, "lasco", *flags, "--on_bad_image", "skip")
     assert len(rows) == 4 and "2 left out" in capsys.readouterr().out
     assert len((tmp_path / "out/left_out.txt").read_text("utf-8").splitlines()) == 2
-    with pytest.raises(SystemExit, match="not of the form of megapairs: it lacks 'q_text'"):
+    with pytest.raises(SystemExit, match="No such file"):
+        run(tmp_path, "lasco", tmp_path / "nothing", "--image_dir", coco)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data", "left_out.txt"]  # as it was before
+    assert len(list((tmp_path / "out/data").iterdir())) == 2
+    records = [{"q_img": "a", "q_texts": [], "t_img": "b"}, {"q_img": "a", "q_texts": [["x"]], "t_img": "b"}]
+    (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
+    with pytest.raises(SystemExit, match=r"(?s)0: no modification.*1: modification is no text: \['x'\]"):
+        run(tmp_path, "megapairs", tmp_path / "odd.jsonl", "--image_dir", coco)
+    with pytest.raises(SystemExit, match="not of the form of megapairs: .* a record lacks 'q_text'"):
         run(tmp_path, "megapairs", *flags)
     (tmp_path / "half.jsonl").write_text('{"input": "a", "edit": "b", "output": "c"}\n{"input', "utf-8")
     with pytest.raises(SystemExit, match=r"half\.jsonl, line 2"):

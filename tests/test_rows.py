@@ -77,13 +77,30 @@ def test_groups_are_held_out_together():
 
 
 def test_missing_texts_are_named(tmp_path):
-    Dataset.from_dict({"caption": ["a", None, "b"]}).to_parquet(tmp_path / "train.parquet")
+    Dataset.from_dict({"caption": ["a", None, "b", " "]}).to_parquet(tmp_path / "train.parquet")
     arguments = DataArguments(dataset_name=str(tmp_path / "train.parquet"))
-    with pytest.raises(BadImagesError, match="row 1, column caption: no text"):
+    with pytest.raises(BadImagesError, match="(?s)row 1, column caption: no text.*row 3, column caption: no text"):
         load_rows(arguments, {"caption": "a text"}, images=[])
     arguments.on_bad_image = "skip"
     rows, skipped = load_rows(arguments, {"caption": "a text"}, images=[])
-    assert rows["caption"][:] == ["a", "b"] and skipped == [("row 1, column caption", "no text")]
+    assert rows["caption"][:] == ["a", "b"] and [name for name, _ in skipped] == [
+        "row 1, column caption", "row 3, column caption",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", [[["a", "b"]], [{"text": "a"}], [3]])
+def test_columns_that_hold_no_texts_are_refused(tmp_path, values):
+    Dataset.from_dict({"caption": values}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="column caption of .* holds no texts but"):
+        load_rows(DataArguments(dataset_name=str(tmp_path / "train.parquet")), {"caption": "a text"}, images=[])
+
+
+def test_data_that_cannot_be_loaded_is_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("", "utf-8")
+    (tmp_path / "broken.jsonl").write_text('{"caption": "a"}\n{"capt', "utf-8")
+    for name in ("empty.jsonl", "broken.jsonl", "none.parquet", "nothing"):
+        with pytest.raises(ValueError, match=f"{name}, split train, cannot be loaded, or is empty: "):
+            load_rows(DataArguments(dataset_name=str(tmp_path / name)), {"caption": "a text"}, images=[])
 
 
 def test_a_local_folder_that_changed_is_read_again(tmp_path):

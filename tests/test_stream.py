@@ -162,6 +162,28 @@ def test_bad_rows_of_a_stream_are_named_or_skipped_and_recorded(launch, clip_dir
     ]
 
 
+def test_a_shard_that_ends_too_early_is_named_or_left(launch, clip_dir, shards, tmp_path):
+    """What stands before the damage is read, and the next shard after it."""
+    for n in range(3):
+        content = (shards / f"tar/0000{n}.tar").read_bytes()
+        (tmp_path / f"{n}.tar").write_bytes(content[: len(content) - 20_000] if n == 1 else content)
+    flags = ["--dataset_name", tmp_path / "*.tar", "--image_column", "png", "--caption_column", "txt", "--streaming"]
+    flags += ["--max_steps", 8, "--per_device_train_batch_size", 4, "--shuffle_buffer_size", 4]
+    with pytest.raises(BadImagesError, match=r"1\.tar, row \d: the shard cannot be read any further: unexpected end"):
+        launch(stage1_script, clip_dir, tmp_path / "out", *flags)
+    launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--on_bad_image", "skip")
+    record = json.loads((tmp_path / "out/training_arguments.json").read_text("utf-8"))
+    assert len(record["skipped_images"]) == 1
+
+
+def test_texts_and_pictures_that_are_not_there_are_bad_rows(processor):
+    examples = CaptionedImages(processor, Stage1Arguments())
+    picture = {"bytes": encoded(0), "path": None}
+    for text in (None, "", " \n"):
+        assert examples.decode({"image": picture, "caption": text}) == "no text in column caption"
+    assert "another name" in examples.decode({"image": None, "caption": "red"})
+
+
 def test_a_stream_without_a_usable_row_ends(shards, processor, tmp_path):
     write_tar(tmp_path / "0.tar", {str(n): {"png": b"nothing", "txt": b"red"} for n in range(10)})
     rows = load_stream(DataArguments(dataset_name=str(tmp_path / "0.tar")), {"png": "", "txt": ""}, ["png"])
@@ -175,6 +197,8 @@ def test_mistakes_are_named(launch, clip_dir, shards, tmp_path):
     with pytest.raises(ValueError, match="--max_steps"):
         launch(stage1_script, clip_dir, tmp_path, *flags)
     flags += ["--max_steps", 2]
+    with pytest.raises(ValueError, match=r"nowhere/\*\.tar, split train, cannot be loaded, or is empty"):
+        launch(stage1_script, clip_dir, tmp_path, *flags, "--dataset_name", "nowhere/*.tar")
     with pytest.raises(ValueError, match=r"lacks columns \['text \(its caption\)'\]; it has \['image', 'caption'\]"):
         launch(stage1_script, clip_dir, tmp_path, *flags, "--caption_column", "text")
     with pytest.raises(ValueError, match=r"5 shards do not feed 1 processes with 6 workers"):

@@ -126,6 +126,16 @@ def test_a_resumed_stage_two_ends_with_the_same_tensors_mined_negatives_included
         assert same(whole, resumed)
 
 
+def test_a_new_run_does_not_begin_among_an_old_ones_checkpoints(launch, clip_dir, tmp_path):
+    launch(stage1_script, clip_dir, tmp_path, "--max_steps", 5, "--save_steps", 4)
+    with pytest.raises(ValueError, match=r"holds checkpoint-4 of an earlier run: go on with it by --resume"):
+        launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3)
+    with pytest.raises(ValueError, match=r"checkpoint-4 is at step 4, beyond the 3 steps"):
+        launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3, "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match="holds other tensors than this run trains"):
+        launch(stage1_script, clip_dir, tmp_path, "--resume_from_checkpoint", "latest", "--num_pseudo_words", 2)
+
+
 def test_checkpoints_hold_no_frozen_tensor_and_are_limited(launch, clip_dir, tmp_path):
     launch(stage1_script, clip_dir, tmp_path, "--max_steps", 5, "--save_steps", 1, "--save_total_limit", 2)
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]

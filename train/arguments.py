@@ -1,5 +1,7 @@
 """Arguments that both stages share, from a recipe and from flags."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -43,6 +45,13 @@ class LoopArguments:
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Worker processes where pictures are decoded."})
 
+    def __post_init__(self):
+        for name, least in (("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1),
+                            ("gradient_cache_chunk", 0), ("logging_steps", 1), ("eval_steps", 1), ("save_steps", 0),
+                            ("dataloader_num_workers", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+
 
 @dataclass
 class DataArguments:
@@ -69,12 +78,17 @@ class DataArguments:
     feature_batch_size: int = field(default=128, metadata={"help": "Pictures a forward pass of the frozen towers."})
     on_bad_image: str = field(default="error", metadata={"help": "error, or skip: go on without unreadable rows."})
 
+    def __post_init__(self):
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"--on_bad_image must be error or skip, not {self.on_bad_image}")
+
 
 def parse_arguments(*classes: type, description: str, required: tuple[str, ...] = ()) -> tuple:
     """One dataclass instance each, from `--config recipe.yaml` overridden by flags.
 
     Raises:
-        SystemExit: for unknown flags, unknown keys of the recipe (all named), or missing required arguments.
+        SystemExit: for unknown flags, unknown keys of the recipe (all named), missing required arguments, or values
+            that cannot be.
     """
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of arguments; flags override it.")
@@ -91,4 +105,15 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
     values = vars(parser.parse_args())
     if missing := [name for name in required if not values[name]]:
         parser.error("missing: " + ", ".join(f"--{name}" for name in missing))
-    return tuple(c(**{f.name: values[f.name] for f in fields(c)}) for c in classes)
+    try:
+        return tuple(c(**{f.name: values[f.name] for f in fields(c)}) for c in classes)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run_as_script(main: Callable[[], None]) -> None:
+    """`main`, whose `ValueError`s are sentences for the user: they end it without a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

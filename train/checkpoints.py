@@ -29,6 +29,10 @@ def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, train
     def load(models, input_dir):
         models.clear()
         tensors = load_file(Path(input_dir, DELTA_NAME))
+        if {n: t.shape for n, t in tensors.items() if n in trained} != {n: p.shape for n, p in trained.items()}:
+            raise ValueError(
+                f"{input_dir} holds other tensors than this run trains; give the arguments it was begun with"
+            )
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(tensors[name])
@@ -100,6 +104,16 @@ def list_checkpoints(output_dir: str) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+
+
+def refuse_used_folder(output_dir: str) -> None:
+    """Raise `ValueError` if an earlier run left checkpoints or best weights where a new one is to begin."""
+    found = [*list_checkpoints(output_dir), *(p for p in [Path(output_dir, "best")] if p.exists())]
+    if found:
+        raise ValueError(
+            f"{output_dir} holds {', '.join(p.name for p in found)} of an earlier run: go on with it by "
+            "--resume_from_checkpoint latest, choose another --output_dir, or remove them"
+        )
 
 
 def find_checkpoint(output_dir: str, wanted: str) -> Path:

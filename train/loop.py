@@ -11,7 +11,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from arguments import LoopArguments
-from checkpoints import find_checkpoint, keep_only_trained_tensors, save_best, save_checkpoint
+from checkpoints import (
+    find_checkpoint,
+    keep_only_trained_tensors,
+    refuse_used_folder,
+    save_best,
+    save_checkpoint,
+)
 from gradients import Objective, backward
 from rows import RowBatches
 from stream import StreamBatches
@@ -92,7 +98,12 @@ def train(
     if args.resume_from_checkpoint:
         folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         accelerator.load_state(str(folder))
+        if progress.step > total:
+            raise ValueError(f"{folder} is at step {progress.step}, beyond the {total} steps of this run")
         accelerator.print(f"resumed from {folder} at step {progress.step}")
+    else:
+        refuse_used_folder(args.output_dir)
+        accelerator.wait_for_everyone()
     interrupted = Interrupt()
     bar = tqdm(
         total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=f"stage {model.config.stage}"

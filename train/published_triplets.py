@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -51,7 +52,7 @@ def megapairs(args: argparse.Namespace) -> Iterator[dict]:
     """
     for record in read_records(args.annotations):
         texts = record["q_texts"] if "q_texts" in record else record["q_text"]
-        for text in [texts] if isinstance(texts, str) else texts:
+        for text in [texts] if isinstance(texts, str) else texts or [None]:
             yield {
                 "reference": args.image_dir / record["q_img"],
                 "modification": text,
@@ -153,10 +154,16 @@ def checked(rows: Iterable[dict], args: argparse.Namespace, bad: list[str]) -> I
     """Rows with a text and pictures that are there; `bad` takes a sentence for each of the others."""
     for number, row in enumerate(rows):
         reason = None
-        empty = [name for name, value in row.items() if value is None or (isinstance(value, str) and not value)]
+        empty = [
+            name for name, value in row.items() if value is None or (isinstance(value, str) and not value.strip())
+        ]
+        texts = ("modification", "reference_caption", "target_caption")
+        odd = [name for name in texts if name in row and not isinstance(row[name], str)]
         absent = [str(value) for value in row.values() if isinstance(value, Path) and not value.is_file()]
         if empty:
             reason = f"no {empty[0]}"
+        elif odd:
+            reason = f"{odd[0]} is no text: {row[odd[0]]!r}"
         elif absent:
             reason = f"no picture {absent[0]}"
         if reason is not None:
@@ -167,40 +174,55 @@ def checked(rows: Iterable[dict], args: argparse.Namespace, bad: list[str]) -> I
         yield {**row, **pictures, **ids, "source": args.source, "quality": "published"}
 
 
-def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
-    """Write the triplets; gives their number, and a sentence for each that was left out.
-
-    Raises:
-        ValueError: for files of another form, and unless `args.on_bad_image` is "skip" for triplets without a text or
-            with pictures that are missing.
-    """
-    bad: list[str] = []
+def write_files(args: argparse.Namespace, folder: Path, bad: list[str]) -> int:
+    """Write the triplets to `folder` and give their number; `bad` takes a sentence for each that is left out."""
     names = ["modification", "source", "quality"]
     pictures = [] if args.source in TEXTS_ALONE else ["reference", "target"]
     names += ["reference_id", "target_id"] if pictures else ["reference_caption", "target_caption"]
     features = Features({**dict.fromkeys(pictures, ImageFeature()), **dict.fromkeys(names, Value("string"))})
     rows = islice(checked(SOURCES[args.source](args), args, bad), args.max_rows)
-    folder, count = args.output_dir / "data", 0
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    count = 0
     try:
         while chunk := list(islice(rows, args.rows_per_file)):
-            Dataset.from_list(chunk, features=features).to_parquet(
-                folder / f"train-{count // args.rows_per_file:05d}.parquet"
-            )
+            file = folder / f"train-{count // args.rows_per_file:05d}.parquet"
+            Dataset.from_list(chunk, features=features).to_parquet(file)
             count += len(chunk)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{args.annotations} is not of the form of {args.source}: it lacks {error}") from error
-    shown = "\n".join(f"  {line}" for line in bad[:NAMED_AT_MOST])
-    if bad and (args.on_bad_image == "error" or not count):
-        shutil.rmtree(folder)
-        more = "" if len(bad) <= NAMED_AT_MOST else f"\n  and {len(bad) - NAMED_AT_MOST} more"
         raise ValueError(
-            f"{len(bad)} of {len(bad) + count} triplets cannot be used:\n{shown}{more}\n"
-            "Check --image_dir, or go on without them by --on_bad_image skip"
-        )
-    if not count:
-        raise ValueError(f"{args.annotations} holds no triplet")
+            f"{args.annotations} is not of the form of {args.source}: beyond its first {count} triplets, a record "
+            f"lacks {error}"
+        ) from error
+    return count
+
+
+def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
+    """Put the triplets into `args.output_dir`/data; gives their number, and a sentence for each that was left out.
+
+    Raises:
+        ValueError: for files of another form, and unless `args.on_bad_image` is "skip" for triplets without a text or
+            with pictures that are missing. What the folder held before stays.
+    """
+    bad: list[str] = []
+    aside, final = args.output_dir / "unfinished-data", args.output_dir / "data"
+    aside.mkdir(parents=True, exist_ok=True)
+    try:
+        count = write_files(args, aside, bad)
+        if bad and (args.on_bad_image == "error" or not count):
+            shown = "\n".join(f"  {line}" for line in bad[:NAMED_AT_MOST])
+            more = "" if len(bad) <= NAMED_AT_MOST else f"\n  and {len(bad) - NAMED_AT_MOST} more"
+            raise ValueError(
+                f"{len(bad)} of {len(bad) + count} triplets cannot be used:\n{shown}{more}\n"
+                "Check --image_dir, or go on without them by --on_bad_image skip"
+            )
+        if not count:
+            raise ValueError(f"{args.annotations} holds no triplet")
+        final.mkdir(exist_ok=True)
+        for old in final.glob("train-*.parquet"):
+            old.unlink()
+        for file in aside.iterdir():
+            os.replace(file, final / file.name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     (args.output_dir / "left_out.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
     return count, bad
 
@@ -221,7 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.rows_per_file = args.rows_per_file or (1_000 if args.source == "webdataset" else 100_000)
     try:
         count, bad = convert(args)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, tarfile.TarError, IndexError) as error:
         sys.exit(f"error: {error}")
     note = f", {len(bad)} left out: {os.path.join(args.output_dir, 'left_out.txt')}" if bad else ""
     sys.stdout.write(f"{count} triplets written to {args.output_dir}{note}\n")

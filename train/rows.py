@@ -18,22 +18,43 @@ BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json", ".jso
 
 
 def load_source(data: DataArguments, streaming: bool = False) -> Dataset | IterableDataset:
-    """The training split as `datasets` gives it: from the Hub, a local folder, or files named by a pattern."""
-    if builder := BUILDERS.get(Path(data.dataset_name).suffix):
-        return load_dataset(builder, data_files=data.dataset_name, split=data.dataset_train_split, streaming=streaming)
-    # datasets keeps a stale copy of a local folder whose README names configurations (seen in 5.2).
-    local = data.dataset_config is not None and Path(data.dataset_name).is_dir()
-    fresh = {"download_mode": "force_redownload", "verification_mode": "no_checks"} if local else {}
-    return load_dataset(
-        data.dataset_name, data.dataset_config, split=data.dataset_train_split, streaming=streaming, **fresh
-    )
+    """The training split as `datasets` gives it: from the Hub, a local folder, or files named by a pattern.
+
+    Raises:
+        ValueError: if it cannot be loaded, with what `datasets` says.
+    """
+    builder = BUILDERS.get(Path(data.dataset_name).suffix)
+    what, options = data.dataset_name, {"split": data.dataset_train_split, "streaming": streaming}
+    if builder is not None:
+        what, options["data_files"] = builder, data.dataset_name
+    elif data.dataset_config is not None and Path(data.dataset_name).is_dir():
+        # datasets keeps a stale copy of a local folder whose README names configurations (seen in 5.2).
+        options |= {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+    try:
+        return load_dataset(what, None if builder else data.dataset_config, **options)
+    except Exception as error:  # whatever the builder of that format raises
+        causes = [str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
+        raise ValueError(
+            f"--dataset_name {data.dataset_name}, split {data.dataset_train_split}, cannot be loaded, or is empty: "
+            + "; ".join(causes)
+        ) from error
 
 
-def check_columns(data: DataArguments, columns: dict[str, str], found: list[str]) -> None:
-    """Raise `ValueError` for columns that are missing; `columns` says what each holds."""
-    missing = [f"{name} ({what})" for name, what in columns.items() if name not in found]
+def check_columns(
+    data: DataArguments, columns: dict[str, str], rows: Dataset | IterableDataset, images: list[str]
+) -> None:
+    """Raise `ValueError` for columns that are missing, or hold no texts where they should."""
+    missing = [f"{name} ({what})" for name, what in columns.items() if name not in rows.column_names]
     if missing:
-        raise ValueError(f"{data.dataset_name} lacks columns {missing}; it has {found}")
+        raise ValueError(f"{data.dataset_name} lacks columns {missing}; it has {rows.column_names}")
+    for name in set(columns) - set(images):
+        if getattr(rows.features[name], "dtype", None) not in ("string", "large_string", "null"):
+            raise ValueError(f"column {name} of {data.dataset_name} holds no texts but {rows.features[name]}")
+
+
+def text_problem(text: str | None, column: str) -> str | None:
+    """Why a row's text cannot be trained on, or None."""
+    return f"no text in column {column}" if text is None or not text.strip() else None
 
 
 def load_rows(
@@ -50,7 +71,7 @@ def load_rows(
             text that is missing.
     """
     rows = load_source(data)
-    check_columns(data, columns, rows.column_names)
+    check_columns(data, columns, rows, images)
     if len(rows) == 0:
         raise ValueError(f"{data.dataset_name}, split {data.dataset_train_split}, has no rows")
     bad: list[tuple[str, str]] = []
@@ -60,7 +81,8 @@ def load_rows(
             rows = rows.cast_column(column, ImageFeature(decode=False))
             bad += find_bad_images(rows[column], names)
         else:
-            bad += [(name, "no text") for name, text in zip(names, rows[column], strict=True) if text is None]
+            problems = (text_problem(text, column) for text in rows[column])
+            bad += [(name, why) for name, why in zip(names, problems, strict=True) if why is not None]
     handle_bad_images(bad, len(rows) * max(1, len(images)), data.on_bad_image)
     skipped = {int(name.split()[1].rstrip(",")) for name, _ in bad}
     return (rows.select([i for i in range(len(rows)) if i not in skipped]) if skipped else rows), bad

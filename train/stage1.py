@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from arguments import DataArguments, LoopArguments, parse_arguments
+from arguments import DataArguments, LoopArguments, parse_arguments, run_as_script
 from datasets import Dataset
 from gradients import Objective, bf16_where_fast, gather_with_gradient, precision
 from loop import make_accelerator, train
-from rows import RowBatches, hold_out, in_batches, load_rows
+from rows import RowBatches, hold_out, in_batches, load_rows, text_problem
 from stream import Examples, StreamBatches, hold_out_shard, load_stream, shard_batches
 from validation import Validation
 
@@ -117,8 +117,10 @@ class CaptionedImages(Examples):
 
     def decode(self, example: dict) -> str | None:
         """Decode the picture in place; why the example cannot be used, or None."""
-        if example[self.caption] is None:
-            return f"no text in column {self.caption}"
+        if problem := text_problem(example[self.caption], self.caption):
+            return problem
+        if example[self.image] is None:
+            return f"nothing in column {self.image}; has the shard another name for it?"
         try:
             example[self.image] = load_image(example[self.image])
         except ValueError as error:
@@ -242,4 +244,4 @@ def stream_data(
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

@@ -13,7 +13,7 @@ II, training goes on with its adapters: first on many texts, say, then on few pi
 from dataclasses import dataclass, field
 
 import torch
-from arguments import DataArguments, LoopArguments, parse_arguments
+from arguments import DataArguments, LoopArguments, parse_arguments, run_as_script
 from datasets import Dataset
 from gradients import Objective, bf16_where_fast, gather_with_gradient, precision
 from loop import make_accelerator, train
@@ -244,4 +244,4 @@ def load_triplets(data: DataArguments, args: Stage2Arguments) -> tuple[Dataset, 
 
 
 if __name__ == "__main__":
-    main()
+    run_as_script(main)

@@ -1,5 +1,6 @@
 """Training data that is read as it comes: shards of any size, in an order that any step can start from."""
 
+import tarfile
 from collections.abc import Iterator
 from itertools import islice
 
@@ -14,23 +15,22 @@ from rows import check_columns, load_source
 from modeling_tscir.images import BadImagesError, handle_bad_images
 
 
-ROWS_AT_A_TIME = 64
+PROBLEM = "cannot be read"
 
 
 def load_stream(data: DataArguments, columns: dict[str, str], images: list[str]) -> IterableDataset:
     """The training split as a stream whose pictures are still encoded. Arguments are `load_rows`'.
 
     Raises:
-        ValueError: for missing columns or an empty split.
+        ValueError: for data that cannot be loaded, and for missing columns.
     """
     rows = load_source(data, streaming=True)
-    first = next(iter(rows.take(1).iter(1)), None) if rows.column_names is None else {}
-    if first is None:
-        raise ValueError(f"{data.dataset_name}, split {data.dataset_train_split}, has no rows")
-    check_columns(data, columns, rows.column_names or list(first))
+    if rows.features is None:
+        raise ValueError(f"{data.dataset_name} does not say what columns it has; it can be read without --streaming")
+    check_columns(data, columns, rows, images)
     for column in images:
         rows = rows.cast_column(column, ImageFeature(decode=False))
-    return rows.select_columns([*columns, *({"__key__", "__url__"} & set(rows.column_names or ()))])
+    return rows.select_columns([*columns, *({"__key__", "__url__"} & set(rows.column_names))])
 
 
 def hold_out_shard(rows: IterableDataset, seed: int) -> int:
@@ -86,7 +86,7 @@ class ShardReader(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         examples, skipped = [], []
         for example, name, place in self.shuffled(*self.places[worker.id if worker else 0]):
-            reason = self.examples.decode(example)
+            reason = example.get(PROBLEM) or self.examples.decode(example)
             if reason is None:
                 examples.append(example)
             else:
@@ -116,11 +116,16 @@ class ShardReader(torch.utils.data.IterableDataset):
         empty = 0
         while empty < len(self.shards):
             source = self.rows.shard(self.rows.num_shards, self.shard_at(shard))
-            start = row
-            for batch in (source.skip(row) if row else source).iter(ROWS_AT_A_TIME):
-                for values in zip(*batch.values(), strict=True):
-                    yield shard, row, dict(zip(batch, values, strict=True))
+            start, url = row, None
+            try:
+                for values in (source.skip(row) if row else source).iter(1):
+                    example = {name: value[0] for name, value in values.items()}
+                    url = example.get("__url__")
+                    yield shard, row, example
                     row += 1
+            except (OSError, ValueError, tarfile.TarError) as error:
+                # Told as a row that cannot be used, so that it stops the run, or is recorded and the next shard read.
+                yield shard, row, {PROBLEM: f"the shard cannot be read any further: {error}", "__url__": url}
             empty = empty + 1 if row == start == 0 else 0
             shard, row = shard + self.step_of_shards, 0
         raise ValueError(f"none of {empty} shards holds a row")
@@ -144,7 +149,7 @@ def shard_batches(
     for epoch, row, example in islice(reader.in_order(0, 0), count):
         if epoch > 0:
             break
-        reason = examples.decode(example)
+        reason = example.get(PROBLEM) or examples.decode(example)
         if reason is None:
             good.append(example)
         else:

@@ -26,6 +26,7 @@ from caption_pairs import Change, changes_between, diversity, near_captions, wor
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from language_model import ChatModel, Endpoint, Writer
+from rows import BUILDERS
 from tqdm.auto import tqdm
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
@@ -115,8 +116,10 @@ def picture_features(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Ten
 def read_rows(args: argparse.Namespace) -> tuple[Dataset, list]:
     """The captioned rows and each one's picture id."""
     options = {"field": args.json_field} if args.json_field else {}
-    files = {"data_files": args.data_files} if args.data_files else {}
-    rows = load_dataset(args.dataset_name, split=args.dataset_train_split, **files, **options)
+    name, files = args.dataset_name, {"data_files": args.data_files} if args.data_files else {}
+    if not files and (builder := BUILDERS.get(Path(name).suffix)):
+        name, files = builder, {"data_files": name}
+    rows = load_dataset(name, split=args.dataset_train_split, **files, **options)
     if args.caption_column not in rows.column_names:
         raise ValueError(f"{args.dataset_name} lacks column {args.caption_column!r}; it has {rows.column_names}")
     has_images = args.image_column in rows.column_names
