@@ -249,7 +249,7 @@ def draw(claims: list[dict], details: list[dict], path: Path) -> None:
         axis.axvline(0, color="grey", linewidth=1)
         axis.set_title(f"{title}, points", fontsize=9)
     axes[0].set_yticks(range(len(names)), names, fontsize=9)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
