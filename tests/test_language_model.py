@@ -5,9 +5,15 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
-from language_model import Endpoint, EndpointError, UnusableAnswer, Writer, parse_modification
+import torch
+from language_model import ChatModel, Endpoint, EndpointError, UnusableAnswer, Writer, parse_modification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 GOOD = '{"modification": "make it red"}'
@@ -128,3 +134,31 @@ def test_what_cannot_succeed_is_not_tried_again(server, write):
     assert found == [None] and len(server.requests) == 1 and report == {"HTTP 401": 1, "given up": 1}
     with pytest.raises(EndpointError, match="no connection"):
         Endpoint("http://127.0.0.1:9", "model", timeout=0.5)("x")
+
+
+@pytest.fixture
+def chat_folder(tmp_path) -> Path:
+    """A chat model of transformers, of random weights: it answers, but nonsense."""
+    characters = sorted({chr(c) for c in range(32, 127)} | {"\n"})
+    tokenizer = Tokenizer(WordLevel({c: i for i, c in enumerate([*characters, "<end>"])}, unk_token=" "))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    fast.save_pretrained(tmp_path / "chat")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), max_position_embeddings=4096, **sizes)).save_pretrained(
+        tmp_path / "chat"
+    )
+    return tmp_path / "chat"
+
+
+def test_a_chat_model_of_transformers_is_asked_within_bounds(chat_folder, tmp_path):
+    ask = ChatModel(str(chat_folder))
+    answer, usage = ask("Say: make it red")
+    assert isinstance(answer, str) and 1 <= usage["completion_tokens"] <= 2 * 120  # spaces are put between
+    assert usage["prompt_tokens"] >= len("Say: make it red")
+    writer = Writer(ask, tmp_path / "answers.jsonl", attempts=2, first_wait=0)
+    assert list(writer.write([("a red star", "a blue star")], workers=1)) == [None]  # nonsense is not taken
+    assert writer.report["given up"] == 1 and writer.report["completion_tokens"] > 0
+    assert sum(n for name, n in writer.report.items() if name.startswith("unusable answer")) == 2
