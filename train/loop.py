@@ -43,6 +43,11 @@ class Progress:
 
 
 def make_accelerator(args: LoopArguments) -> Accelerator:
+    """The run's Accelerator, its seed set.
+
+    Raises:
+        ValueError: if there is no checkpoint to go on from, or an earlier run's where a new one is to begin.
+    """
     logging.disable_progress_bar()  # a bar for every checkpoint would drown the log
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -51,6 +56,12 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=args.output_dir, automatic_checkpoint_naming=False),
     )
     set_seed(args.seed)
+    # Before any feature is computed, as that may take hours.
+    if args.resume_from_checkpoint:
+        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    else:
+        refuse_used_folder(args.output_dir)
+    accelerator.wait_for_everyone()
     return accelerator
 
 
@@ -101,9 +112,6 @@ def train(
         if progress.step > total:
             raise ValueError(f"{folder} is at step {progress.step}, beyond the {total} steps of this run")
         accelerator.print(f"resumed from {folder} at step {progress.step}")
-    else:
-        refuse_used_folder(args.output_dir)
-        accelerator.wait_for_everyone()
     interrupted = Interrupt()
     bar = tqdm(
         total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=f"stage {model.config.stage}"
