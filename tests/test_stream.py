@@ -184,12 +184,13 @@ def test_texts_and_pictures_that_are_not_there_are_bad_rows(processor):
     assert "another name" in examples.decode({"image": None, "caption": "red"})
 
 
-def test_a_stream_without_a_usable_row_ends(shards, processor, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_without_a_usable_row_ends(launch, clip_dir, tmp_path, workers):
     write_tar(tmp_path / "0.tar", {str(n): {"png": b"nothing", "txt": b"red"} for n in range(10)})
-    rows = load_stream(DataArguments(dataset_name=str(tmp_path / "0.tar")), {"png": "", "txt": ""}, ["png"])
-    args = Stage1Arguments(image_column="png", caption_column="txt")
+    flags = ["--dataset_name", tmp_path / "0.tar", "--image_column", "png", "--caption_column", "txt", "--streaming"]
+    flags += ["--max_steps", 2, "--shuffle_buffer_size", 8, "--dataloader_num_workers", workers]
     with pytest.raises(BadImagesError, match="0.tar, row 7"):
-        next(iter(ShardReader(rows, [0], CaptionedImages(processor, args), 4, 8, 0, 1, [(0, 0, 0)])))
+        launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--on_bad_image", "skip")
 
 
 def test_mistakes_are_named(launch, clip_dir, shards, tmp_path):
@@ -209,6 +210,8 @@ def test_mistakes_are_named(launch, clip_dir, shards, tmp_path):
             stage1_script, clip_dir, tmp_path, *flags, "--dataloader_num_workers", 2,
             "--resume_from_checkpoint", "latest",
         )  # fmt: skip
+    with pytest.raises(ValueError, match="seed 0 before and 1 now"):
+        launch(stage1_script, clip_dir, tmp_path, *flags, "--seed", 1, "--resume_from_checkpoint", "latest")
     rows = load_stream(DataArguments(dataset_name=str(shards / "tar" / "00000.tar")), {"png": ""}, ["png"])
     with pytest.raises(ValueError, match="one shard alone"):
         hold_out_shard(rows, 0)

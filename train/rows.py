@@ -58,19 +58,20 @@ def text_problem(text: str | None, column: str) -> str | None:
 
 
 def load_rows(
-    data: DataArguments, columns: dict[str, str], images: list[str]
+    data: DataArguments, columns: dict[str, str], images: list[str], rows: Dataset | None = None
 ) -> tuple[Dataset, list[tuple[str, str]]]:
     """The training split with its pictures still encoded, all of it checked, and (where, why) of rows left out.
 
     Args:
         columns: needed column and what it holds, for the error that names what is missing.
         images: those of them that are pictures; the others are texts.
+        rows: what `load_source` gave, if it was asked before.
 
     Raises:
         ValueError: for missing columns or an empty split. BadImagesError: naming every unreadable picture, and every
             text that is missing.
     """
-    rows = load_source(data)
+    rows = load_source(data) if rows is None else rows
     check_columns(data, columns, rows, images)
     if len(rows) == 0:
         raise ValueError(f"{data.dataset_name}, split {data.dataset_train_split}, has no rows")

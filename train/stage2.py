@@ -237,10 +237,11 @@ def load_triplets(data: DataArguments, args: Stage2Arguments) -> tuple[Dataset, 
     pictures = {args.reference_column: "the reference picture", args.target_column: "the target picture"}
     captions = {args.reference_caption_column: "the reference's caption", args.target_caption_column: "the target's"}
     text = {args.modification_column: "the modification text"}
-    found = load_source(data).column_names
-    if set(captions) <= set(found) and not set(pictures) <= set(found):
-        return load_rows(data, captions | text, images=[])
-    return load_rows(data, pictures | text, images=list(pictures))
+    rows = load_source(data)
+    found = set(rows.column_names)
+    if set(captions) <= found and not set(pictures) <= found:
+        return load_rows(data, captions | text, images=[], rows=rows)
+    return load_rows(data, pictures | text, images=list(pictures), rows=rows)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ class ShardReader(torch.utils.data.IterableDataset):
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.step_of_shards, self.places = step_of_shards, places
 
-    def __iter__(self) -> Iterator[tuple[dict, tuple[int, int, int], list]]:
+    def __iter__(self) -> Iterator[tuple[dict | None, tuple[int, int, int], list]]:
+        """Batch, place after it, and (where, why) of rows left out; no batch if a whole block has no usable row."""
         worker = torch.utils.data.get_worker_info()
         examples, skipped = [], []
         for example, name, place in self.shuffled(*self.places[worker.id if worker else 0]):
@@ -92,7 +93,8 @@ class ShardReader(torch.utils.data.IterableDataset):
             else:
                 skipped.append((name, reason))
             if len(skipped) >= max(self.block_size, self.batch_size) and not examples:
-                raise BadImagesError(skipped, len(skipped))
+                yield None, place, skipped  # an error of a worker would reach the reader as another
+                return
             if len(examples) == self.batch_size:
                 yield self.examples.make_batch(examples), place, skipped
                 examples, skipped = [], []
@@ -196,7 +198,8 @@ class StreamBatches:
         self.taken = 0  # batches, by this process
         self.skipped: dict[str, str] = {}
         self.settings = {"processes": accelerator.num_processes, "workers": self.workers, "block_size": block_size,
-                         "batch_size": args.per_device_train_batch_size, "shards": len(shards)}  # fmt: skip
+                         "batch_size": args.per_device_train_batch_size, "shards": len(shards),
+                         "seed": args.seed}  # fmt: skip
         self.reader = {"rows": rows, "shards": shards, "examples": examples,
                        "batch_size": args.per_device_train_batch_size, "block_size": block_size, "seed": args.seed,
                        "step_of_shards": readers}  # fmt: skip
@@ -209,6 +212,8 @@ class StreamBatches:
         loader = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=self.num_workers)
         for batch, place, skipped in loader:
             handle_bad_images(skipped, len(skipped) + self.settings["batch_size"], self.on_bad_image)
+            if batch is None:
+                raise BadImagesError(skipped, len(skipped))
             self.skipped |= dict(skipped)
             self.places[self.taken % self.workers] = tuple(place)
             self.taken += 1
