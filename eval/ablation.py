@@ -2,40 +2,46 @@
 
     python eval/ablation.py --config eval/ablation/components.yaml --output_dir runs/ablation
 
-Trains every run of the grid with every seed, ranks the three benchmarks with each, and writes table.parquet and .csv,
-claims.json and report.md. Whatever a folder holds already is not done again, so that an interrupted grid goes on, and
-seeds can be added. Runs share the world, frozen features, galleries and stage I.
+Trains every run of the grid with every seed, each seed on training data of its own, ranks the further worlds of val
+and test with each, and writes to --results_dir every query's value by run and seed, table.parquet and .csv,
+claims.json and report.md. What either folder holds already is not done again: an interrupted grid goes on, also on
+another machine from its results alone, and seeds can be added. Runs share data, features, galleries and stage I.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
 from comparisons import Effect, compared, holm, resampled_means, verdict
+from harness import compose, embed_pictures, rank
+
+from modeling_tscir import TSCIRModel, TSCIRProcessor
 
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-from miniature.build import build  # noqa: E402
+from miniature.build import build_further, write_captions, write_triplets  # noqa: E402
 from miniature.compare import (  # noqa: E402
     BENCHMARKS,
     CLIP,
     SHOWN,
     clusters_of,
-    embed_galleries,
     query_values,
     read_benchmark,
 )
+from miniature.worlds import FURTHER  # noqa: E402
 
 
 PRIMARY = ("cirr_recall_at_1", "fashioniq_recall_at_10", "circo_map_at_5")
@@ -71,15 +77,16 @@ def slug(name: str) -> str:
 
 
 class Runner:
-    """Trains and evaluates, two things at a time, what a folder does not hold yet.
+    """Trains and evaluates, two things at a time, what neither folder holds yet.
 
     Args:
-        output: holds world/, cache/, and a folder a training.
+        output: holds worlds/, training data by seed, cache/, and a folder a training.
+        results: receives a file of query values by run and seed.
         flags: further arguments of every training, such as few steps.
     """
 
-    def __init__(self, output: Path, world: str, jobs: int, flags: list[str]):
-        self.output, self.world, self.flags = output, world, flags
+    def __init__(self, output: Path, results: Path, jobs: int, flags: list[str]):
+        self.output, self.results, self.flags = output, results, flags
         self.pool = ThreadPoolExecutor(jobs)
         self.env = os.environ | {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
@@ -96,7 +103,7 @@ class Runner:
     def train(self, stage: int, start: Path, folder: Path, seed: int, choices: dict) -> None:
         if (folder / "training_arguments.json").is_file():  # written last
             return
-        data = self.output / "world" / {1: "captions", 2: "triplets"}[stage]
+        data = training_data(self.output, seed) / {1: "captions", 2: "triplets"}[stage]
         command = [sys.executable, f"train/stage{stage}.py"]
         command += ["--config", f"train/recipes/miniature_stage{stage}.yaml", "--seed", seed]
         command += ["--model_name_or_path", start, "--dataset_name", data, "--output_dir", folder]
@@ -106,10 +113,9 @@ class Runner:
             command += ["--resume_from_checkpoint", "latest"]
         self._call(command, folder.with_suffix(".log"))
 
-    def evaluate(self, model: Path) -> None:
-        if not (model / f"{self.world}.parquet").is_file():
-            command = [sys.executable, __file__, "--evaluate", model, "--output_dir", self.output]
-            self._call([*command, "--world", self.world], model.with_suffix(".evaluation.log"))
+    def evaluate(self, model: Path, result: Path) -> None:
+        command = [sys.executable, __file__, "--evaluate", model, result, "--output_dir", self.output]
+        self._call(command, model.with_suffix(".evaluation.log"))
 
     def _call(self, command: list, log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -119,52 +125,105 @@ class Runner:
             last = log.read_text(encoding="utf-8")[-2000:]
             raise RuntimeError(f"{' '.join(map(str, command))} failed; see {log}\n{last}")
 
-    def run(self, name: str, run: dict, grid: Grid, seed: int) -> tuple[Path, Future]:
-        """The folder of a run's model, and what is done when it has been evaluated."""
+    def result(self, name: str, seed: int) -> Path:
+        """The file of a run's query values."""
+        return self.results / "queries" / f"{slug(name)}-{seed}.parquet"
+
+    def run(self, name: str, run: dict, grid: Grid, seed: int) -> Future:
+        """Is done when a run's query values are there."""
+        result = self.result(name, seed)
+        if result.is_file():
+            return self.once(result, lambda: None)
         form = run["stage1"]
         first = self.output / "stage1" / f"{slug(form)}-{seed}"
         trained = self.once(first, lambda: self.train(1, CLIP, first, seed, grid.stage1[form]))
-        if "stage2" not in run:
-            return first, self.once(first / "evaluated", lambda: (trained.result(), self.evaluate(first)))
         second = self.output / "stage2" / f"{slug(name)}-{seed}"
 
         def work() -> None:
             trained.result()
-            self.train(2, first, second, seed, run["stage2"] or {})
-            self.evaluate(second)
+            if "stage2" in run:
+                self.train(2, first, second, seed, run["stage2"] or {})
+            self.evaluate(second if "stage2" in run else first, result)
 
-        return second, self.once(second, work)
+        return self.once(result, work)
 
 
-def evaluate(model: Path, output: Path, world: str) -> None:
-    """Write every query's value of every metric to MODEL/WORLD.parquet."""
-    from harness import compose, embed_pictures, rank
+def training_data(output: Path, seed: int) -> Path:
+    return output / f"training-{seed}"
 
-    from modeling_tscir import TSCIRModel, TSCIRProcessor
 
+def write_training_data(folder: Path, seed: int) -> None:
+    write_captions(folder, seed, further=True)
+    write_triplets(folder, seed, further=True)
+
+
+def make_data(output: Path, seeds: list[int]) -> None:
+    """The worlds' benchmarks and, for each seed, captions and triplets of its own, unless they are there."""
+    writers: dict[Path, Callable[[Path], None]] = {output / "worlds": build_further}
+    writers |= {training_data(output, seed): partial(write_training_data, seed=seed) for seed in seeds}
+    for folder, write in writers.items():
+        if not folder.is_dir():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            write(part)
+            part.rename(folder)
+
+
+def splits_of_worlds(output: Path):
+    """Of val's and test's benchmarks in each of their worlds: val or test, world, benchmark, arguments and splits."""
+    for split, worlds in FURTHER.items():
+        for world in worlds:
+            for folder, benchmark in BENCHMARKS.items():
+                if (output / "worlds" / world / folder).is_dir():
+                    yield split, world, benchmark, *read_benchmark(folder, output / "worlds" / world, output, None)
+
+
+def embed_worlds(output: Path, results: Path) -> None:
+    """Every picture's embedding, into the cache; and to RESULTS/queries.parquet which queries there are."""
+    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    frames = []
+    for split, world, benchmark, args, splits in splits_of_worlds(output):
+        for part in splits.values():
+            embed_pictures(*clip, part, args)
+        clusters = [f"{world} {cluster}" for cluster in clusters_of(splits)]
+        frames.append(pd.DataFrame({"split": split, "benchmark": benchmark.name, "cluster": clusters}))
+    write_table(pd.concat(frames, ignore_index=True), results / "queries.parquet")
+
+
+def evaluate(model: Path, result: Path, output: Path) -> None:
+    """Write every query's value of every metric, in the order of queries.parquet."""
     clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
     trained = TSCIRModel.from_pretrained(model), TSCIRProcessor.from_pretrained(model)
     frames = []
-    for folder, benchmark in BENCHMARKS.items():
-        args, splits = read_benchmark(folder, output / "world" / world, output, None)
+    for split, _, benchmark, args, splits in splits_of_worlds(output):
         ranked = {}
-        for category, split in splits.items():
-            pictures = embed_pictures(*clip, split, args)
-            ranked[category] = rank(split, compose("tscir", *trained, split, pictures), pictures)
+        for category, part in splits.items():
+            pictures = embed_pictures(*clip, part, args)
+            ranked[category] = rank(part, compose("tscir", *trained, part, pictures), pictures)
         for metric, values in query_values(benchmark, splits, ranked).items():
-            frames.append(pd.DataFrame({"metric": metric, "cluster": clusters_of(splits), "value": values}))
-    part = model / f"{world}.part"
-    pd.concat(frames).to_parquet(part)
-    os.replace(part, model / f"{world}.parquet")
+            frames.append(pd.DataFrame({"split": split, "metric": metric, "value": values.astype(np.float32)}))
+    write_table(pd.concat(frames, ignore_index=True), result)
 
 
-def collect(folders: dict[tuple[str, int], Path], world: str) -> pd.DataFrame:
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    table.to_parquet(part, compression="zstd")
+    os.replace(part, path)
+
+
+def collect(files: dict[tuple[str, int], Path], queries: Path, split: str) -> pd.DataFrame:
     """One row a run, seed, metric and query."""
+    known = pd.read_parquet(queries)
+    known = known[known["split"] == split]
+    clusters = {name: rows["cluster"].to_numpy() for name, rows in known.groupby("benchmark")}
     frames = []
-    for (run, seed), folder in folders.items():
-        frame = pd.read_parquet(folder / f"{world}.parquet")
-        frame["query"] = frame.groupby("metric").cumcount()
-        frames.append(frame.assign(run=run, seed=seed))
+    for (run, seed), file in files.items():
+        table = pd.read_parquet(file)
+        for metric, rows in table[table["split"] == split].groupby("metric", sort=False):
+            columns = {"run": run, "seed": seed, "metric": metric, "query": range(len(rows))}
+            columns |= {"value": rows["value"].to_numpy(), "cluster": clusters[str(metric).partition("_")[0]]}
+            frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -195,13 +254,13 @@ def summarise(table: pd.DataFrame, grid: Grid) -> tuple[pd.DataFrame, list[dict]
     return tidy, claims, details
 
 
-def report(table: pd.DataFrame, grid: Grid, claims: list[dict], details: list[dict], world: str, output: Path) -> str:
+def report(table: pd.DataFrame, grid: Grid, claims: list[dict], details: list[dict], title: str, output: Path) -> str:
     """Markdown, with a picture of the effects beside it."""
     seeds = sorted(table["seed"].unique())
     counts = {m: int((table["metric"] == m).sum() / len(seeds) / table["run"].nunique()) for m in PRIMARY}
     lines = [
-        f"# {output.name}: what each part does\n",
-        f"Miniature, {world} world, seeds {', '.join(map(str, seeds))}; queries: "
+        f"# The miniature's {title}\n",
+        f"Seeds {', '.join(map(str, seeds))}; queries: "
         + ", ".join(f"{n:,} ({SHOWN[m]})" for m, n in counts.items())
         + ". Percent, mean over seeds, and 95% intervals of a bootstrap over seeds and references.\n",
         "| run | " + " | ".join(SHOWN.values()) + " |",
@@ -258,38 +317,39 @@ def draw(claims: list[dict], details: list[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "eval/ablation/components.yaml")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="data, features and trained models")
+    parser.add_argument("--results_dir", type=Path, help="values, tables and report; OUTPUT_DIR/results unless told")
     parser.add_argument("--world", default="val", choices=["val", "test"], help="choose on val, read test once")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")
     parser.add_argument("--max_steps", type=int, help="few, to see that everything works")
-    parser.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)  # one model, in a process of its own
+    parser.add_argument("--evaluate", type=Path, nargs=2, help=argparse.SUPPRESS)  # one model, in its own process
     args = parser.parse_args()
-    if args.evaluate is not None:
-        evaluate(args.evaluate, args.output_dir, args.world)
-        return
     args.output_dir = args.output_dir.resolve()
+    if args.evaluate is not None:
+        evaluate(*args.evaluate, args.output_dir)
+        return
+    results = (args.results_dir or args.output_dir / "results").resolve()
     grid = Grid.read(args.config)
     seeds = args.seeds or grid.seeds
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    if not (args.output_dir / "world" / "README.md").is_file():
-        build(args.output_dir / "world")
-    embed_galleries(args.output_dir, args.output_dir / "world")
     flags = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
-    runner = Runner(args.output_dir, args.world, args.jobs, flags)
-    work = {
-        (name, seed): runner.run(name, run, grid, seed) for seed in seeds for name, run in grid.runs.items()
-    }  # seed by seed, so that an interrupted grid has whole seeds
-    for number, ((name, seed), (_, done)) in enumerate(work.items(), start=1):
+    runner = Runner(args.output_dir, results, args.jobs, flags)
+    files = {(name, seed): runner.result(name, seed) for seed in seeds for name in grid.runs}
+    if not all(file.is_file() for file in files.values()):
+        make_data(args.output_dir, seeds)
+        embed_worlds(args.output_dir, results)
+    # Seed by seed, so that an interrupted grid has whole seeds.
+    work = {(name, seed): runner.run(name, grid.runs[name], grid, seed) for name, seed in files}
+    for number, ((name, seed), done) in enumerate(work.items(), start=1):
         done.result()
         print(f"{number} of {len(work)}: {name}, seed {seed}", flush=True)
-    table = collect({key: folder for key, (folder, _) in work.items()}, args.world)
+    table = collect(files, results / "queries.parquet", args.world)
     tidy, claims, details = summarise(table, grid)
-    tidy.to_parquet(args.output_dir / "table.parquet")
-    tidy.to_csv(args.output_dir / "table.csv", index=False)
-    (args.output_dir / "claims.json").write_text(json.dumps(claims, indent=2), encoding="utf-8")
-    text = report(table, grid, claims, details, args.world, args.output_dir)
-    (args.output_dir / "report.md").write_text(text, encoding="utf-8")
+    tidy.to_parquet(results / "table.parquet")
+    tidy.to_csv(results / "table.csv", index=False)
+    (results / "claims.json").write_text(json.dumps(claims, indent=2), encoding="utf-8")
+    text = report(table, grid, claims, details, f"{args.config.stem}, {args.world} worlds", results)
+    (results / "report.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -29,7 +29,18 @@ from miniature.garments import CATEGORIES, Garment
 from miniature.language import full_caption, modification, noun_phrase, scene_caption
 from miniature.render import render
 from miniature.scenes import Scene
-from miniature.worlds import garment_worlds, scene_worlds, stage1_scenes, training_garments, training_groups
+from miniature.worlds import (
+    FURTHER,
+    GarmentQuery,
+    SceneWorld,
+    further_scene_worlds,
+    garment_pairs,
+    garment_worlds,
+    scene_worlds,
+    stage1_scenes,
+    training_garments,
+    training_groups,
+)
 
 
 NUM_CAPTIONED_SCENES = 12_000
@@ -75,19 +86,21 @@ def write_parquet(path: Path, columns: dict[str, list], images: Sequence[str]) -
     Dataset.from_dict(columns, features=features).to_parquet(path)
 
 
-def write_captions(output: Path, seed: int) -> None:
+def write_captions(output: Path, seed: int, further: bool = False) -> None:
     rng = random.Random(f"captions {seed}")
-    things: list[Scene | Garment] = list(itertools.islice(stage1_scenes(f"stage1 {seed}"), NUM_CAPTIONED_SCENES))
+    scenes = stage1_scenes(f"stage1 {seed}", further)
+    things: list[Scene | Garment] = list(itertools.islice(scenes, NUM_CAPTIONED_SCENES))
     things += itertools.islice(training_garments(f"stage1 {seed}"), NUM_CAPTIONED_GARMENTS)
     captions = [scene_caption(t, rng) if isinstance(t, Scene) else garment_caption(t, rng) for t in things]
     columns = {"image": pictures(things, f"captions {seed}"), "caption": captions}
     write_parquet(output / "captions" / "train-00000-of-00001.parquet", columns, images=["image"])
 
 
-def write_triplets(output: Path, seed: int) -> None:
+def write_triplets(output: Path, seed: int, further: bool = False) -> None:
     """True edits in the training wordings, two of each reference."""
     rng = random.Random(f"triplets {seed}")
-    groups = list(itertools.islice(training_groups(f"triplets {seed}", for_triplets=True), NUM_TRIPLETS // 2))
+    drawn = training_groups(f"triplets {seed}", for_triplets=True, further=further)
+    groups = list(itertools.islice(drawn, NUM_TRIPLETS // 2))
     references = pictures([g.reference for g in groups], f"references {seed}")
     targets = pictures([t for g in groups for t in g.targets[:2]], f"targets {seed}")
     columns: dict[str, list] = {"reference": [], "modification": [], "target": [], "source": [], "quality": []}
@@ -104,10 +117,19 @@ def write_triplets(output: Path, seed: int) -> None:
     write_parquet(output / "triplets" / "train-00000-of-00001.parquet", columns, images=["reference", "target"])
 
 
+def scenes_of(world: str) -> SceneWorld:
+    return scene_worlds()[world] if world in scene_worlds() else further_scene_worlds()[world]
+
+
+def wordings_of(world: str) -> str:
+    """A further world speaks as the one it is named for."""
+    return world.partition("-")[0]
+
+
 def write_cirr(output: Path, world: str) -> None:
     """CIRR's layout. Each query's six-picture set: its reference, its target, two pictures that fit the text but not
     the reference, and two that fit the reference but not the text."""
-    groups, fillers = scene_worlds()[world]
+    groups, fillers = scenes_of(world)
     rng = random.Random(f"cirr {world}")
     names: list[str] = []
     scenes: list[Scene] = []
@@ -128,7 +150,7 @@ def write_cirr(output: Path, world: str) -> None:
                     "reference": reference,
                     "target_hard": target,
                     "target_soft": {target: 1.0},
-                    "caption": modification(group.reference, edit, world, rng),
+                    "caption": modification(group.reference, edit, wordings_of(world), rng),
                     "img_set": {
                         "id": number,
                         "members": subset,
@@ -148,19 +170,24 @@ def write_cirr(output: Path, world: str) -> None:
 
 
 def write_fashioniq(output: Path, world: str) -> None:
-    root = output / world / "FashionIQ"
+    write_garment_queries(output / world / "FashionIQ", world, garment_worlds()[world].queries)
+
+
+def write_garment_queries(root: Path, world: str, queries: dict[str, tuple[GarmentQuery, ...]]) -> None:
+    """FashionIQ's layout, with `queries` among the pictures of `world`."""
     rng = random.Random(f"fashioniq {world}")
     worlds = garment_worlds()[world]
     for category in CATEGORIES:
         name = FASHIONIQ_NAMES[category]
         garments: dict[str, Garment] = {}
-        captions = []
         for i, query in enumerate(worlds.queries[category]):
-            candidate, target = f"{name}{i:05d}R", f"{name}{i:05d}T"
-            garments |= {candidate: query.reference, target: query.target}
-            pair = [garment_clause(query.target, field, world, rng) for field in query.fields]
-            captions.append({"target": target, "candidate": candidate, "captions": pair})
+            garments |= {f"{name}{i:05d}R": query.reference, f"{name}{i:05d}T": query.target}
         garments |= {f"{name}{i:05d}F": garment for i, garment in enumerate(worlds.fillers[category])}
+        names = {garment: identifier for identifier, garment in garments.items()}
+        captions = []
+        for query in queries[category]:
+            pair = [garment_clause(query.target, field, world, rng) for field in query.fields]
+            captions.append({"target": names[query.target], "candidate": names[query.reference], "captions": pair})
         files = [root / "images" / f"{garment}.png" for garment in garments]
         write_pictures(files, list(garments.values()), f"fashioniq {world} {name}")
         write_json(root / f"captions/cap.{name}.val.json", captions)
@@ -173,7 +200,7 @@ def kept_in_circo(scene: Scene) -> tuple:
 
 
 def write_circo(output: Path, world: str) -> None:
-    groups, fillers = scene_worlds()[world]
+    groups, fillers = scenes_of(world)
     rng = random.Random(f"circo {world}")
     scenes = [s for g in groups for s in g.scenes] + list(fillers)
     ids = rng.sample(range(1, 600_000), len(scenes))
@@ -192,7 +219,7 @@ def write_circo(output: Path, world: str) -> None:
                 {
                     "reference_img_id": ids[9 * i],
                     "target_img_id": target,
-                    "relative_caption": modification(group.reference, edit, world, rng),
+                    "relative_caption": modification(group.reference, edit, wordings_of(world), rng),
                     "shared_concept": concept,
                     "gt_img_ids": [target, *(t for t in truths if t != target)],
                     "id": len(records),
@@ -230,6 +257,20 @@ def build(output: Path, benchmarks: Sequence[str] = tuple(WRITERS), seed: int = 
             WRITERS[name](output, world)
     card = Path(__file__).with_name("dataset_card.md")
     (output / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def build_further(output: Path, per_category: int = 1400) -> None:
+    """The further worlds' benchmarks, at least 4,000 queries each for val and for test.
+
+    CIRR's layout in two worlds (4,800 queries), CIRCO's in four, FashionIQ's once, with `per_category` queries among
+    the pictures that the world has anyway, since there are no more garments.
+    """
+    for world, names in FURTHER.items():
+        for name in names[:2]:
+            write_cirr(output, name)
+        for name in names:
+            write_circo(output, name)
+        write_garment_queries(output / names[0] / "FashionIQ", world, garment_pairs(world, per_category))
 
 
 def main() -> None:

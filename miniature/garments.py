@@ -56,6 +56,13 @@ def random_two_edits(rng: random.Random, garment: Garment) -> tuple[Garment, tup
     return edited, (first, second)
 
 
+def changed_fields(reference: Garment, target: Garment) -> list[str]:
+    """The attributes whose edits turn `reference` into `target`; none if no such edits do."""
+    fields = [field for field in EDITABLE if getattr(reference, field) != getattr(target, field)]
+    same_pattern_recoloured = "pattern" not in fields and reference.pattern_colour != target.pattern_colour
+    return [] if same_pattern_recoloured else fields
+
+
 def change(rng: random.Random, garment: Garment, field: str) -> Garment:
     if field == "pattern":
         pattern = rng.choice([p for p in PATTERNS if p != garment.pattern])

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from miniature.garments import CATEGORIES, Garment, random_garment, random_two_edits
+from miniature.garments import CATEGORIES, Garment, changed_fields, random_garment, random_two_edits
 from miniature.scenes import (
     KINDS,
     KINDS_NOT_IN_TRIPLETS,
@@ -24,6 +24,8 @@ from miniature.scenes import (
 
 GROUPS = {"val": 300, "test": 600}  # four queries and nine pictures each
 FILLERS = {"val": 300, "test": 600}  # pictures that belong to no group
+FURTHER_GROUPS = FURTHER_FILLERS = 600  # in each further world
+FURTHER = {"val": tuple(f"val-{i}" for i in range(1, 5)), "test": tuple(f"test-{i}" for i in range(1, 5))}
 GARMENT_QUERIES = {"val": 200, "test": 400}  # in each of the three categories
 GARMENT_FILLERS = {"val": 300, "test": 600}
 
@@ -44,30 +46,44 @@ class GarmentWorld(NamedTuple):
     fillers: dict[str, tuple[Garment, ...]]
 
 
+def draw_scene_world(name: str, num_groups: int, num_fillers: int, taken: set[tuple]) -> SceneWorld:
+    """A world of scenes that are not `taken`, which then are."""
+    rng = random.Random(f"scenes {name}")
+    groups: list[Group] = []
+    while len(groups) < num_groups:
+        group = random_group(rng, frozenset(KINDS))
+        if group is None:
+            continue
+        keys = {scene.key for scene in group.scenes}
+        if not keys & taken:
+            taken |= keys
+            groups.append(group)
+    fillers: list[Scene] = []
+    while len(fillers) < num_fillers:
+        scene = random_scene(rng)
+        if scene.key not in taken:
+            taken.add(scene.key)
+            fillers.append(scene)
+    return SceneWorld(tuple(groups), tuple(fillers))
+
+
 @functools.cache
 def scene_worlds() -> dict[str, SceneWorld]:
     """Groups and fillers of val and test, each scene once."""
     taken: set[tuple] = set()
-    worlds = {}
-    for name in ("val", "test"):
-        rng = random.Random(f"scenes {name}")
-        groups: list[Group] = []
-        while len(groups) < GROUPS[name]:
-            group = random_group(rng, frozenset(KINDS))
-            if group is None:
-                continue
-            keys = {scene.key for scene in group.scenes}
-            if not keys & taken:
-                taken |= keys
-                groups.append(group)
-        fillers: list[Scene] = []
-        while len(fillers) < FILLERS[name]:
-            scene = random_scene(rng)
-            if scene.key not in taken:
-                taken.add(scene.key)
-                fillers.append(scene)
-        worlds[name] = SceneWorld(tuple(groups), tuple(fillers))
-    return worlds
+    return {name: draw_scene_world(name, GROUPS[name], FILLERS[name], taken) for name in ("val", "test")}
+
+
+@functools.cache
+def further_scene_worlds() -> dict[str, SceneWorld]:
+    """Four more worlds for each of val and test, none of whose scenes is in another, for finer comparisons.
+
+    Training sets leave them out where `reserved_scenes(further=True)` is given. The stored CLIP was trained without
+    that knowledge: it has met one in 200 of their scenes of two shapes, and most scenes of one.
+    """
+    taken = set(reserved_scenes())
+    names = [name for pair in zip(*FURTHER.values(), strict=True) for name in pair]
+    return {name: draw_scene_world(name, FURTHER_GROUPS, FURTHER_FILLERS, taken) for name in names}
 
 
 @functools.cache
@@ -97,11 +113,30 @@ def garment_worlds() -> dict[str, GarmentWorld]:
     return worlds
 
 
+def garment_pairs(world: str, per_category: int) -> dict[str, tuple[GarmentQuery, ...]]:
+    """Further queries in `world`'s galleries: random pairs that differ in two attributes, each pair once."""
+    queries = {}
+    for category in CATEGORIES:
+        source = garment_worlds()[world]
+        garments = [g for query in source.queries[category] for g in query[:2]] + list(source.fillers[category])
+        rng = random.Random(f"pairs {world} {category}")
+        drawn: dict[tuple[Garment, Garment], GarmentQuery] = {}
+        while len(drawn) < per_category:
+            reference, target = rng.sample(garments, 2)
+            changed = changed_fields(reference, target)
+            if len(changed) == 2:
+                rng.shuffle(changed)
+                drawn[reference, target] = GarmentQuery(reference, target, (changed[0], changed[1]))
+        queries[category] = tuple(drawn.values())
+    return queries
+
+
 @functools.cache
-def reserved_scenes() -> frozenset[tuple]:
+def reserved_scenes(further: bool = False) -> frozenset[tuple]:
+    worlds = [*scene_worlds().values(), *(further_scene_worlds().values() if further else ())]
     return frozenset(
         scene.key
-        for world in scene_worlds().values()
+        for world in worlds
         for scene in (*world.fillers, *(s for group in world.groups for s in group.scenes))
     )
 
@@ -116,11 +151,14 @@ def reserved_garments() -> frozenset[Garment]:
     )
 
 
-def training_groups(seed: str, for_triplets: bool) -> Iterator[Group]:
-    """Groups of near-duplicates of the training world, without end; `for_triplets` leaves out what those lack."""
+def training_groups(seed: str, for_triplets: bool, further: bool = False) -> Iterator[Group]:
+    """Groups of near-duplicates of the training world, without end; `for_triplets` leaves out what those lack.
+
+    With `further`, scenes of the further worlds are left out as well.
+    """
     rng = random.Random(seed)
     kinds = frozenset(KINDS) - KINDS_NOT_IN_TRIPLETS if for_triplets else frozenset(KINDS)
-    reserved = reserved_scenes()
+    reserved = reserved_scenes(further)
     while True:
         group = random_group(rng, kinds)
         if group is None or any(scene.key in reserved for scene in group.scenes):
@@ -130,11 +168,12 @@ def training_groups(seed: str, for_triplets: bool) -> Iterator[Group]:
         yield group
 
 
-def stage1_scenes(seed: str) -> Iterator[Scene]:
+def stage1_scenes(seed: str, further: bool = False) -> Iterator[Scene]:
     rng = random.Random(seed)
+    reserved = reserved_scenes(further)
     while True:
         scene = random_scene(rng)
-        if scene.key not in reserved_scenes() and allowed_in_stage1(scene):
+        if scene.key not in reserved and allowed_in_stage1(scene):
             yield scene
 
 

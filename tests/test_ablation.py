@@ -1,3 +1,5 @@
+import shutil
+
 import ablation
 import numpy as np
 import pandas as pd
@@ -43,36 +45,43 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
 
     def call(self, command, log):
         commands.append([str(part) for part in command])
-        folder = command[command.index("--output_dir") + 1]
         if "--evaluate" in command:
-            (command[command.index("--evaluate") + 1] / "val.parquet").write_bytes(b"x")
+            command[command.index("--evaluate") + 2].parent.mkdir(parents=True, exist_ok=True)
+            command[command.index("--evaluate") + 2].write_bytes(b"x")
         else:
+            folder = command[command.index("--output_dir") + 1]
             folder.mkdir(parents=True)
             (folder / "training_arguments.json").write_text("{}", "utf-8")
 
     monkeypatch.setattr(Runner, "_call", call)
+    output, results = tmp_path / "out", tmp_path / "results"
 
-    def run_all() -> dict:
+    def run_all() -> None:
         commands.clear()
-        runner = Runner(tmp_path, "val", 2, ["--max_steps", "3"])
-        work = {(n, s): runner.run(n, r, GRID, s) for s in GRID.seeds for n, r in GRID.runs.items()}
-        for _, done in work.values():
+        runner = Runner(output, results, 2, ["--max_steps", "3"])
+        for done in [runner.run(n, r, GRID, s) for s in GRID.seeds for n, r in GRID.runs.items()]:
             done.result()
-        return {key: folder for key, (folder, _) in work.items()}
 
-    folders = run_all()
+    run_all()
     trainings = [c for c in commands if "--evaluate" not in c]
     assert len(trainings) == 2 * (2 + 2) and len(commands) - len(trainings) == 6
-    second = next(c for c in trainings if c[c.index("--output_dir") + 1] == str(folders["other", 1]))
+    second = next(c for c in trainings if c[c.index("--output_dir") + 1] == str(output / "stage2/other-1"))
     assert second[1] == "train/stage2.py" and second[second.index("--lora_rank") + 1] == "2"
     assert second[second.index("--seed") + 1] == "1"
-    assert second[second.index("--model_name_or_path") + 1] == str(tmp_path / "stage1/plain-1")
-    assert run_all() == folders and commands == []
-    (folders["whole", 0] / "training_arguments.json").unlink()
-    (folders["whole", 0] / "checkpoint-20").mkdir()
+    assert second[second.index("--model_name_or_path") + 1] == str(output / "stage1/plain-1")
+    assert second[second.index("--dataset_name") + 1] == str(output / "training-1/triplets")
+    run_all()
+    assert commands == []
+    shutil.move(output, tmp_path / "lost")
+    run_all()  # results alone are enough
+    assert commands == []
+    shutil.move(tmp_path / "lost", output)
+    (results / "queries/whole-0.parquet").unlink()
+    (output / "stage2/whole-0/training_arguments.json").unlink()
+    (output / "stage2/whole-0/checkpoint-20").mkdir()
     monkeypatch.setattr(Runner, "_call", lambda self, command, log: commands.append([str(c) for c in command]))
     run_all()
-    assert len(commands) == 1 and commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
+    assert len(commands) == 2 and commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
 
 
 def test_the_report_tells_effects_as_they_are(tmp_path):
@@ -92,7 +101,7 @@ def test_the_report_tells_effects_as_they_are(tmp_path):
     assert [claim["verdict"] for claim in claims] == ["holds", "cannot be told"]
     assert claims[0]["effect"] == pytest.approx(0.4, abs=0.05) and claims[0]["ci_low"] > 0.3
     assert {"claim", "verdict", "effect", "ci_low", "ci_high"} <= set(claims[0])
-    text = ablation.report(table, GRID, claims, details, "val", tmp_path)
+    text = ablation.report(table, GRID, claims, details, "small grid", tmp_path)
     assert "| stage II helps | +" in text and "300 (R@1)" in text
     assert (tmp_path / "effects.png").stat().st_size > 5000
 
@@ -109,5 +118,6 @@ def test_a_small_grid_from_beginning_to_end(tmp_path, monkeypatch, capsys):
     flags = ["--config", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--max_steps", 2]
     monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, flags)])
     ablation.main()
-    assert "| adapters help |" in (tmp_path / "out/report.md").read_text("utf-8")
-    assert set(pd.read_csv(tmp_path / "out/table.csv")["run"]) == {"alone", "TSCIR"}
+    assert "| adapters help |" in (tmp_path / "out/results/report.md").read_text("utf-8")
+    table = pd.read_csv(tmp_path / "out/results/table.csv")
+    assert set(table["run"]) == {"alone", "TSCIR"} and table["queries"].min() > 4000

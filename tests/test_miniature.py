@@ -33,6 +33,8 @@ from miniature.scenes import (
     apply,
 )
 from miniature.worlds import (
+    further_scene_worlds,
+    garment_pairs,
     garment_worlds,
     reserved_garments,
     reserved_scenes,
@@ -62,6 +64,27 @@ def test_no_scene_is_in_two_worlds_or_twice_in_one():
     ]
     assert len(set(garments)) == len(garments) == len(reserved_garments())
     assert not set(itertools.islice(training_garments("any"), 5000)) & reserved_garments()
+
+
+def test_further_worlds_share_no_scene_with_any_other_or_with_the_training_that_leaves_them_out():
+    keys = [s.key for groups, fillers in further_scene_worlds().values() for g in groups for s in g.scenes]
+    keys += [s.key for _, fillers in further_scene_worlds().values() for s in fillers]
+    assert len({*keys}) == len(keys) == 8 * 6000 and not {*keys} & reserved_scenes()
+    assert reserved_scenes(further=True) == reserved_scenes() | {*keys}
+    groups = itertools.islice(training_groups("any", for_triplets=True, further=True), 2000)
+    assert not {s.key for g in groups for s in g.scenes} & {*keys}
+    assert not {s.key for s in itertools.islice(stage1_scenes("any", further=True), 5000)} & {*keys}
+
+
+def test_further_garment_queries_are_pairs_of_the_gallery_that_two_captions_tell_apart():
+    world = garment_worlds()["val"]
+    for category, queries in garment_pairs("val", 300).items():
+        gallery = {*world.fillers[category], *(g for q in world.queries[category] for g in q[:2])}
+        assert len({q[:2] for q in queries}) == 300 and {g for q in queries for g in q[:2]} <= gallery
+        for query in queries:
+            changed = query.reference._replace(**{f: getattr(query.target, f) for f in query.fields})
+            assert changed._replace(pattern_colour=query.target.pattern_colour) == query.target
+            assert "pattern" in query.fields or query.reference.pattern_colour == query.target.pattern_colour
 
 
 def test_triplets_and_stage_one_leave_out_what_they_must():
