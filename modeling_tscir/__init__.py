@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_tscir import TASK, TSCIRConfig
+from .gallery import Gallery, GalleryError
 from .images import BadImagesError
 from .modeling_tscir import TSCIRModel, TSCIROutput
 from .pipeline_tscir import ComposedImageRetrievalPipeline
@@ -16,6 +17,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BadImagesError",
     "ComposedImageRetrievalPipeline",
+    "Gallery",
+    "GalleryError",
     "TSCIRConfig",
     "TSCIRModel",
     "TSCIROutput",

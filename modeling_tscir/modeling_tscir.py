@@ -223,6 +223,7 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
         patch_states: torch.Tensor | None = None,
         pseudo_words: torch.Tensor | None = None,
         weight: float = 0.0,
+        image_counts: list[int] | None = None,
     ) -> torch.Tensor:
         """Composed queries [B, D], L2-normalised, from what [`TSCIRProcessor`] makes of images and texts.
 
@@ -234,6 +235,9 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
                 where there is no mapper or `weight` > 0.
             weight (`float`): -1 to 1. Moves the query along the great circle towards the reference image (negative)
                 or the modification text (positive). 0, the default, leaves it.
+            image_counts (`list[int]`, *optional*): how many references each query has, where it is not one each. What
+                is given of references then has a row for each of them, in order; for `weight`, and without a mapper,
+                a query's reference is the mean of its references.
 
         Raises:
             ValueError: naming the input that is missing.
@@ -243,6 +247,11 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
         if pixel_values is not None:
             image_embeds, pseudo_words = self.encode_reference(pixel_values)
         trained = self.mapper is not None
+        if trained and pseudo_words is None and image_embeds is not None:
+            pseudo_words = self.get_pseudo_words(image_embeds, patch_states)
+        if image_counts is not None and image_embeds is not None:
+            parts = image_embeds.split(image_counts)
+            image_embeds = F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
         if image_embeds is None and (not trained or weight < 0 or pseudo_words is None):
             raise ValueError(
                 "a composed query needs pixel_values, or image_embeds, or (with weight >= 0) pseudo_words"
@@ -258,8 +267,6 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
             return slerp(image_embeds, text_embeds, share)
         if input_ids is None or pseudo_mask is None:
             raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
-        if pseudo_words is None:
-            pseudo_words = self.get_pseudo_words(image_embeds, patch_states)
         query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words)
         if weight < 0:
             return slerp(query, image_embeds, -weight)

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from PIL import Image
 from transformers import Pipeline
 from transformers.utils import logging
 
-from .embedding import embed_images, query_inputs
+from .embedding import embed_images
 from .images import (
     EXTENSIONS,
     ImageSource,
@@ -54,6 +55,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         self.gallery_embeds: torch.Tensor | None = None
         self.gallery_ids: list[str | int] = []
         self.gallery_sources: Sequence[ImageSource] = []
+        self.gallery = None
         self.bad_images: list[tuple[str, str]] = []
         if os.path.basename(os.path.dirname(str(self.model.name_or_path) + "/")) == "miniature_checkpoint":
             logger.warning(
@@ -72,7 +74,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
         """Embed a gallery, replacing the one before.
 
         Args:
-            images: a folder (searched below, too), a list of paths, URLs or PIL images, or a `datasets.Dataset`.
+            images: a folder (searched below, too), a list of paths, URLs or PIL images, a `datasets.Dataset`, or a
+                [`Gallery`], which was embedded before.
             batch_size (`int`): pictures a forward pass.
             on_bad_image (`str`): "error" names every unreadable picture before any is embedded; "skip" goes on without
                 them and lists them in `.bad_images`.
@@ -81,6 +84,10 @@ class ComposedImageRetrievalPipeline(Pipeline):
         Raises:
             BadImagesError: with the id and the reason of every picture that cannot be read.
         """
+        if hasattr(images, "check"):  # told by what it can do, as this file also runs where gallery.py is not
+            images.check(self.model, self.processor)
+            self.gallery, self.gallery_embeds = images, None
+            return self
         sources, ids = gallery_of(images, image_column, id_column)
         if isinstance(sources, list) and any(is_url(source) for source in sources):
             self._fetched = tempfile.TemporaryDirectory()  # lives as long as this gallery
@@ -93,30 +100,37 @@ class ComposedImageRetrievalPipeline(Pipeline):
             kept = [i for i, name in enumerate(ids) if str(name) not in names]
             sources, ids = Selected(sources, kept), [ids[i] for i in kept]
         embeds = embed_images(self.model, self.processor, sources, batch_size, progress=len(ids) > 1000 and "index")
-        self.gallery_embeds = embeds.to(self.device)
+        self.gallery, self.gallery_embeds = None, embeds.to(self.device)
         self.gallery_ids, self.gallery_sources = ids, sources
         return self
 
-    def __call__(self, inputs=None, *, image=None, text=None, batch_size: int | None = None, **kwargs):
+    def __call__(self, inputs=None, *, image=None, text=None, content=None, batch_size: int | None = None, **kwargs):
         """Search the indexed gallery.
 
+        A query is a picture and a text that changes it; or a picture alone, for pictures like it; or a text alone; or
+        a content list of pictures and texts in any order, `[image, "in the colour of", image]`.
+
         Args:
-            image: reference picture (PIL image, path, URL or bytes), or a list of them.
-            text (`str` or a list): the modification; may be empty.
-            inputs: instead of both, {"image": ..., "text": ...} or a list of such queries.
+            image: reference picture (PIL image, path, URL, bytes, or an earlier search's result), or a list of them.
+            text (`str` or a list): the modification; empty, it leaves the picture's prompt alone.
+            content (`list`): one content list: a string is a text; a picture is anything that `image` may be but a
+                string, or {"image": path or URL}.
+            inputs: instead of these, {"image", "text"} (or one of both) or {"content"}, or a list of such queries.
             top_k (`int`): results a query; 10 unless given.
-            weight (`float`): -1 to 1, towards the picture (negative) or the text (positive).
+            weight (`float`): -1 to 1, towards the picture (negative) or the text (positive), where a query has both.
+            where: conditions on the metadata of a [`Gallery`]; see [`Gallery.search`].
             batch_size (`int`): queries a forward pass; 64 unless given.
 
         Returns:
             For one query a list of {"score", "id", "image"}, best first; for a list of queries a list of these. Scores
-            are cosine similarities, images PIL images.
+            are cosine similarities, images PIL images. Of a [`Gallery`] also "path", "duplicates" and "metadata"; an
+            image whose file is gone by now is None, and "problem" says why.
 
         Raises:
-            ValueError: if nothing is indexed, or a query lacks its picture or text.
+            ValueError: if nothing is indexed, or a query has neither picture nor text.
         """
-        queries, single = as_queries(inputs, image, text)
-        if self.gallery_embeds is None:
+        queries, single = as_queries(inputs, image, text, content)
+        if self.gallery_embeds is None and self.gallery is None:
             raise ValueError("nothing is indexed yet; call .index(images) first")
         preprocess, forward, postprocess = self._sanitize_parameters(**kwargs)
         preprocess, forward, postprocess = (
@@ -130,23 +144,77 @@ class ComposedImageRetrievalPipeline(Pipeline):
             results += self.run_single(queries[start : start + size], preprocess, forward, postprocess)
         return results[0] if single else results
 
-    def _sanitize_parameters(self, top_k: int | None = None, weight: float | None = None, **unknown):
+    def embed(self, inputs=None, *, image=None, text=None, content=None, weight: float = 0.0) -> torch.Tensor:
+        """L2-normalised embeddings [Q, D] of queries, fp32, on the CPU; arguments as in a search."""
+        queries, _ = as_queries(inputs, image, text, content)
+        outputs = self.run_single(queries, {}, {"weight": weight}, {"embeds_only": True})
+        return outputs.cpu()
+
+    def _sanitize_parameters(self, top_k: int | None = None, weight: float | None = None, where=None, **unknown):
         unknown = {k for k in unknown if k not in ("trust_remote_code", "use_fast")}
         if unknown:
-            raise TypeError(f"unknown arguments {sorted(unknown)}; known are image, text, top_k, weight, batch_size")
-        return {}, {} if weight is None else {"weight": weight}, {} if top_k is None else {"top_k": top_k}
+            known = "image, text, content, top_k, weight, where, batch_size"
+            raise TypeError(f"unknown arguments {sorted(unknown)}; known are {known}")
+        given = {"top_k": top_k, "where": where}
+        return {}, {} if weight is None else {"weight": weight}, {k: v for k, v in given.items() if v is not None}
 
-    def preprocess(self, queries: list[dict]) -> dict[str, torch.Tensor]:
-        pixels = self.processor.pixel_values([query["image"] for query in queries])
-        inputs = query_inputs(self.processor, [query["text"] for query in queries])
-        return {"pixel_values": pixels.to(self.model.dtype), **inputs}
+    def preprocess(self, queries: list[list]) -> dict:
+        """The pictures of all queries in one tensor, plain texts, and prompts for those that have both."""
+        pictures = [part.source for query in queries for part in query if isinstance(part, Picture)]
+        kinds = [kind_of(query) for query in queries]
+        inputs: dict = {
+            "kinds": kinds,
+            "image_counts": [sum(isinstance(part, Picture) for part in q) for q in queries],
+        }
+        if pictures:
+            inputs["pixel_values"] = self.processor.pixel_values(pictures).to(self.model.dtype)
+        if kinds != ["image"] * len(kinds):
+            texts = [" ".join(part for part in query if isinstance(part, str)) for query in queries]
+            inputs["texts"] = self.processor.tokenize(texts)
+        composed = [q for q, kind in zip(queries, kinds, strict=True) if kind == "composed"]
+        if composed:
+            contents = [[part if isinstance(part, str) else None for part in query] for query in composed]
+            inputs["prompts"] = self.processor.compose_contents(contents)
+        return inputs
 
-    def _forward(self, inputs: dict[str, torch.Tensor], weight: float = 0.0) -> dict[str, torch.Tensor]:
-        return {"query_embeds": self.model.get_composed_features(**inputs, weight=weight)}
+    def _forward(self, inputs: dict, weight: float = 0.0) -> dict[str, torch.Tensor]:
+        kinds, counts = inputs["kinds"], inputs["image_counts"]
+        of_kind = {k: [i for i, kind in enumerate(kinds) if kind == k] for k in ("image", "text", "composed")}
+        queries = torch.empty(len(kinds), self.model.config.clip_config.projection_dim, device=self.model.device)
+        if "pixel_values" in inputs:
+            embeds, words = self.model.encode_reference(inputs["pixel_values"])
+            owners = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
+            composed = [owner == "composed" for owner in owners]
+            if of_kind["image"]:
+                queries[of_kind["image"]] = embeds[[not c for c in composed]].float()
+        if of_kind["text"]:
+            ids, mask = inputs["texts"]["input_ids"], inputs["texts"]["attention_mask"]
+            features = self.model.get_text_features(ids[of_kind["text"]], mask[of_kind["text"]])
+            queries[of_kind["text"]] = F.normalize(features.float(), dim=-1)
+        if of_kind["composed"]:
+            queries[of_kind["composed"]] = self.model.get_composed_features(
+                **inputs["prompts"],
+                modification_ids=inputs["texts"]["input_ids"][of_kind["composed"]],
+                modification_mask=inputs["texts"]["attention_mask"][of_kind["composed"]],
+                image_embeds=embeds[composed],
+                pseudo_words=None if words is None else words[composed],
+                weight=weight,
+                image_counts=[counts[i] for i in of_kind["composed"]],
+            ).float()
+        return {"query_embeds": queries}
 
-    def postprocess(self, outputs: dict[str, torch.Tensor], top_k: int = 10) -> list[list[dict]]:
-        queries = F.normalize(outputs["query_embeds"].float(), dim=-1).to(self.gallery_embeds.device)
-        scores, indices = rank(queries, self.gallery_embeds, top_k)
+    def postprocess(
+        self, outputs: dict[str, torch.Tensor], top_k: int = 10, where=None, embeds_only: bool = False
+    ) -> list[list[dict]] | torch.Tensor:
+        queries = F.normalize(outputs["query_embeds"].float(), dim=-1)
+        if embeds_only:
+            return queries
+        if self.gallery is not None:
+            results = self.gallery.search(queries, top_k, where)
+            return [[with_picture(self.gallery, result) for result in row] for row in results]
+        if where is not None:
+            raise ValueError("where needs a gallery with metadata: index(Gallery.load(folder))")
+        scores, indices = rank(queries.to(self.gallery_embeds.device), self.gallery_embeds, top_k)
         return [
             [
                 {"score": score, "id": self.gallery_ids[i], "image": load_image(self.gallery_sources[i])}
@@ -181,22 +249,58 @@ def gallery_of(images, image_column: str, id_column: str) -> tuple[Sequence[Imag
     return list(images), [os.fspath(x) if isinstance(x, named) else i for i, x in enumerate(images)]
 
 
-def as_queries(inputs, image, text) -> tuple[list[dict], bool]:
-    """A list of {"image", "text"}, and whether the caller gave one query and no list."""
+class Picture(NamedTuple):
+    """A picture in a query, which a string there would not be."""
+
+    source: ImageSource
+
+
+def with_picture(gallery, result: dict) -> dict:
+    try:
+        return result | {"image": gallery.picture(result["id"])}
+    except ValueError as error:
+        return result | {"image": None, "problem": str(error)}
+
+
+def kind_of(query: list) -> str:
+    """ "text" or "image" for a query of texts alone or of one picture alone, else "composed"."""
+    if all(isinstance(part, str) for part in query):
+        return "text"
+    return "image" if len(query) == 1 else "composed"
+
+
+def as_queries(inputs, image, text, content) -> tuple[list[list], bool]:
+    """Each query as a list of texts and pictures, and whether the caller gave one query and no list."""
     if inputs is not None:
-        if image is not None or text is not None:
-            raise ValueError("give queries either as inputs or as image= and text=, not both")
+        if any(x is not None for x in (image, text, content)):
+            raise ValueError("give queries either as inputs or as image=, text= and content=, not both")
         single = isinstance(inputs, dict)
         queries = [inputs] if single else list(inputs)
+    elif content is not None:
+        if image is not None or text is not None:
+            raise ValueError("content= holds a query's pictures and texts; give no image= or text= beside it")
+        single, queries = True, [{"content": content}]
     else:
-        single = not isinstance(image, (list, tuple))
-        pictures = [image] if single else list(image)
-        texts = [text] * len(pictures) if isinstance(text, str) else [text] if single else list(text or [])
+        lists = [list(x) for x in (image, text) if isinstance(x, (list, tuple))]
+        single, count = not lists, len(lists[0]) if lists else 1
+        pictures, texts = (list(x) if isinstance(x, (list, tuple)) else [x] * count for x in (image, text))
         if len(pictures) != len(texts):
             raise ValueError(f"{len(pictures)} pictures and {len(texts)} texts; a query needs one of each")
         queries = [{"image": i, "text": t} for i, t in zip(pictures, texts, strict=True)]
-    for number, query in enumerate(queries):
-        missing = [k for k in ("image", "text") if query.get(k) is None]
-        if missing:
-            raise ValueError(f"query {number} lacks its {' and '.join(missing)} (an empty text is allowed)")
-    return queries, single
+    return [as_content(query, number) for number, query in enumerate(queries)], single
+
+
+def as_content(query: dict, number: int) -> list[str | Picture]:
+    """A query's texts and pictures in order. Raises `ValueError` if it has none."""
+    if query.get("content") is not None:
+        given = list(query["content"])
+    else:
+        picture, text = query.get("image"), query.get("text")
+        given = ([] if picture is None else [{"image": picture}]) + ([] if text is None else [text])
+    # A result of an earlier search is a dict, too; those of datasets have bytes and path, and load as they are.
+    sources = [part["image"] if isinstance(part, dict) and "image" in part else part for part in given]
+    sources = [part["image"] if isinstance(part, dict) and "image" in part else part for part in sources]
+    parts = [part if isinstance(part, str) else Picture(source) for part, source in zip(given, sources, strict=True)]
+    if not parts or parts == [""] or Picture(None) in parts:
+        raise ValueError(f"query {number} lacks its picture or text; it needs one of them at least")
+    return parts

@@ -153,6 +153,47 @@ class TSCIRProcessor(ProcessorMixin):
         batch["pseudo_mask"] = (places >= first) & (places < first + count)
         return batch
 
+    def compose_contents(self, contents: list[list[str | None]]) -> dict[str, torch.Tensor]:
+        """Prompts with several pictures and texts in any order, as `compose` gives them.
+
+        One picture and then at most one text are what `compose` makes of them. Other contents stand as they are given
+        behind the beginning of the prompt: "a photo of {image} in the colour of {image}".
+
+        Args:
+            contents: for each query its texts, and None for each picture, of which there is at least one.
+
+        Raises:
+            ValueError: if a query's pictures alone are more than the text encoder reads.
+        """
+        rows, masks = [], []
+        (beginning,) = self._pieces([self.prompt_template.split("{image}")[0]])
+        for content in contents:
+            if content[0] is None and len(content) <= 2 and None not in content[1:]:
+                (text_ids,) = self._pieces(content[1:] or [""])
+                row, start = self._prompt(text_ids)
+                rows.append(row)
+                masks.append([start <= place < start + self.num_pseudo_words for place in range(len(row))])
+                continue
+            pictures = content.count(None)
+            room = self.max_length - 2 - len(beginning) - pictures * self.num_pseudo_words
+            if room < 0:
+                raise ValueError(f"{pictures} pictures in one query are more than the text encoder reads")
+            row, mask = [self.tokenizer.bos_token_id, *beginning], [False] * (1 + len(beginning))
+            for text in content:
+                if text is None:
+                    ids = [self.tokenizer.bos_token_id] * self.num_pseudo_words
+                else:
+                    ids = self._cut(self._pieces([text])[0], room)
+                    room -= len(ids)
+                row += ids
+                mask += [text is None] * len(ids)
+            rows.append([*row, self.tokenizer.eos_token_id])
+            masks.append([*mask, False])
+        batch = self._pad(rows)
+        width = batch["input_ids"].shape[1]
+        batch["pseudo_mask"] = torch.tensor([mask + [False] * (width - len(mask)) for mask in masks])
+        return batch
+
     def _prompt(self, text_ids: list[int], caption_ids: list[int] | None = None) -> tuple[list[int], int]:
         """Token ids of one prompt, and where its pseudo-words, or the caption in their place, start."""
         template = self.prompt_template if text_ids else self.image_template

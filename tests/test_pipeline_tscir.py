@@ -108,8 +108,13 @@ def test_misuse_is_explained(cir, pictures):
     with pytest.raises(ValueError, match="index"):
         cir(image=pictures[0], text="red")
     cir.index(pictures)
-    with pytest.raises(ValueError, match="lacks its text"):
-        cir(image=pictures[0])
+    for nothing in ({"text": ""}, {}, {"content": []}, {"image": None, "text": None}):
+        with pytest.raises(ValueError, match="query 0 lacks its picture or text"):
+            cir(nothing)
+    with pytest.raises(ValueError, match="content= holds"):
+        cir(image=pictures[0], content=[pictures[0], "red"])
+    with pytest.raises(ValueError, match="where needs a gallery"):
+        cir(image=pictures[0], text="red", where={"a": 1})
     with pytest.raises(ValueError, match="2 pictures and 1 texts"):
         cir(image=pictures[:2], text=["red"])
     with pytest.raises(TypeError, match="topk"):
@@ -117,6 +122,77 @@ def test_misuse_is_explained(cir, pictures):
     for nothing in ([], pictures[0]):
         with pytest.raises(ValueError, match="index takes"):
             cir.index(nothing)
+
+
+def cosines(cir, **query) -> list[float]:
+    """Of one query with the gallery's pictures, in the gallery's order."""
+    return [r["score"] for r in sorted(cir(top_k=6, **query), key=lambda r: r["id"])]
+
+
+def test_a_picture_alone_and_a_text_alone_are_frozen_clips(cir, stage2, processor, pictures):
+    cir.index(pictures)
+    with torch.no_grad():
+        gallery = torch.nn.functional.normalize(stage2.get_image_features(**processor(images=pictures)), dim=-1)
+        text = torch.nn.functional.normalize(stage2.get_text_features(**processor(text="red")), dim=-1)
+    assert cosines(cir, image=pictures[2]) == pytest.approx((gallery[2] @ gallery.T).tolist(), abs=1e-5)
+    assert cosines(cir, text="red") == pytest.approx((text @ gallery.T)[0].tolist(), abs=1e-5)
+
+
+def test_content_lists(cir, stage2, processor, pictures, picture_folder):
+    cir.index(pictures)
+    one = cosines(cir, image=pictures[0], text="red")
+    assert cosines(cir, content=[pictures[0], "red"]) == pytest.approx(one, abs=1e-6)
+    two = cosines(cir, content=[pictures[0], "in the colour of", pictures[1]])
+    turned = cosines(cir, content=[pictures[1], "in the colour of", pictures[0]])
+    assert max(abs(a - b) for a, b in zip(two, turned, strict=True)) > 1e-3
+    assert max(abs(a - b) for a, b in zip(two, one, strict=True)) > 1e-3
+    path = picture_folder / "0.png"
+    for same in (path, {"image": str(path)}, {"image": pictures[0], "id": 3, "score": 0.2}, path.read_bytes()):
+        assert cosines(cir, content=[same, "in the colour of", pictures[1]]) == pytest.approx(two, abs=1e-5)
+    # By hand: the words of both pictures, in the prompt's order.
+    ids = processor.compose_contents([[None, "in the colour of", None]])
+    with torch.no_grad():
+        _, words = stage2.encode_reference(processor.pixel_values(pictures[:2]))
+        query = stage2.encode_with_pseudo_words(ids["input_ids"], ids["pseudo_mask"], words)
+        gallery = torch.nn.functional.normalize(stage2.get_image_features(**processor(images=pictures)), dim=-1)
+    assert two == pytest.approx((query @ gallery.T)[0].tolist(), abs=1e-5)
+
+
+def test_queries_of_every_kind_in_one_call(cir, pictures):
+    cir.index(pictures)
+    queries = [
+        {"text": "red"},
+        {"content": [pictures[3], "with", pictures[4], "and", pictures[5]]},
+        {"image": pictures[1]},
+        {"image": pictures[1], "text": "red"},
+        {"content": ["like", pictures[2]]},
+    ]
+    for weight in (0.0, -0.5, 0.5):
+        alone = [cir(query, weight=weight) for query in queries]
+        for one, other in zip(alone, cir(queries, weight=weight), strict=True):
+            assert [r["id"] for r in one] == [r["id"] for r in other]
+            assert [r["score"] for r in one] == pytest.approx([r["score"] for r in other], abs=1e-5)
+    embeds = cir.embed(queries)
+    assert embeds.shape[0] == 5 and torch.allclose(embeds.norm(dim=-1), torch.ones(5), atol=1e-5)
+
+
+def test_a_result_is_refined_by_another_text(cir, pictures):
+    cir.index(pictures)
+    first = cir(image=pictures[0], text="red")
+    assert cosines(cir, image=first[1], text="x") == cosines(cir, image=first[1]["image"], text="x")
+
+
+def test_too_many_pictures_in_one_query_are_refused(cir, pictures):
+    cir.index(pictures)
+    with pytest.raises(ValueError, match="200 pictures in one query are more than"):
+        cir(content=[pictures[0]] * 200)
+
+
+def test_content_lists_without_training_are_means_of_their_pictures(stage0, processor, pictures):
+    cir = ComposedImageRetrievalPipeline(model=stage0, processor=processor).index(pictures)
+    both = cosines(cir, content=[pictures[0], "red", pictures[1]])
+    assert both == pytest.approx(cosines(cir, content=[pictures[1], pictures[0], "red"]), abs=1e-5)
+    assert both != pytest.approx(cosines(cir, content=[pictures[0], "red"]), abs=1e-4)
 
 
 def test_saving_a_pipeline_gives_a_folder_that_loads(cir, pictures, tmp_path):
