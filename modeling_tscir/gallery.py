@@ -151,9 +151,14 @@ class Gallery:
 
     @classmethod
     def open_or_create(cls, folder: str | os.PathLike, model, processor, dtype: str = "float16") -> "Gallery":
-        if (Path(folder) / "gallery.json").is_file():
-            return cls.load(folder, model, processor)
-        return cls.create(folder, model, processor, dtype)
+        from .indexing import Processes
+
+        def create_if_missing() -> None:
+            if not (Path(folder) / "gallery.json").is_file():
+                cls.create(folder, model, processor, dtype)
+
+        Processes().same(create_if_missing)
+        return cls.load(folder, model, processor)
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model=None, processor=None) -> "Gallery":
@@ -312,6 +317,12 @@ class Gallery:
         path = self.path(row)
         return self.table["picture"][row].as_py() if path is None else path
 
+    @property
+    def unreadable(self) -> list[dict[str, str]]:
+        """{"id", "reason"} of what the last indexing could not use."""
+        path = self.folder / "unreadable.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
     def duplicates(self) -> list[list[str]]:
         """Groups of ids whose files have the same bytes."""
         rows = np.flatnonzero(self.live)
@@ -323,7 +334,12 @@ class Gallery:
     # ----- search
 
     def search(
-        self, queries: torch.Tensor, top_k: int = 10, where: Where | None = None, exact: bool = False
+        self,
+        queries: torch.Tensor,
+        top_k: int = 10,
+        where: Where | None = None,
+        exclude: Sequence[str] = (),
+        exact: bool = False,
     ) -> list[list[dict]]:
         """The most similar pictures for each query, best first.
 
@@ -332,6 +348,7 @@ class Gallery:
             top_k (`int`): how many.
             where: conditions on metadata columns, all of which must hold: {column: value}, {column: [value, ...]} or
                 {column: (operator, value)} with =, !=, <, <=, >, >=. A picture without a value meets none.
+            exclude: ids that are not wanted, such as the reference's own; pictures of the same bytes go with them.
             exact (`bool`): leave a FAISS index aside.
 
         Returns:
@@ -346,6 +363,9 @@ class Gallery:
         if top_k < 1 or not torch.isfinite(queries).all():
             raise ValueError("top_k must be at least 1, and queries hold no NaN or infinite values")
         first, others = self._wanted(where)
+        hidden = [self.content[self.row_of[name]] for name in exclude if name in self.row_of]
+        if hidden:
+            first = first & ~np.isin(self.content, hidden)
         queries = queries.float().cpu()
         index = None if exact or where else self._faiss()
         if index is None:
@@ -484,6 +504,12 @@ class Gallery:
         write_json(self.folder / "gallery.json", self.info)
         self._index = index
         return self.info["index"]
+
+    def drop_index(self) -> None:
+        """Search exactly from now on."""
+        if self.info.pop("index", None) is not None:
+            write_json(self.folder / "gallery.json", self.info)
+            (self.folder / "faiss.index").unlink(missing_ok=True)
 
     def rebuild_index(self) -> None:
         """Build the index anew, if there is one, after pictures came or went."""

@@ -105,9 +105,9 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
     def note(path: bytes, reason: str) -> None:
         found.unreadable.append({"id": name_of(path, top, prefix), "reason": reason})
 
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
+    waiting, linked = [top], []
+    while waiting or linked:
+        folder = waiting.pop() if waiting else linked.pop(0)  # links last, so that a folder goes by its own name
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
@@ -130,7 +130,7 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
                     note(entry.path, f"cannot be read: {error.strerror}")
                 continue
             if stat.S_ISDIR(status.st_mode):
-                folders.append(entry.path)
+                (linked if entry.is_symlink() else folders).append(entry.path)
                 continue
             extension = os.path.splitext(entry.name)[1].lower().decode("utf-8", "backslashreplace")
             if extension not in EXTENSIONS:
@@ -307,7 +307,7 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self.state = PartialState()
+            self.state = PartialState(cpu=not torch.cuda.is_available())
         self.rank = self.state.process_index if self.state else 0
         self.count = self.state.num_processes if self.state else 1
         self.main = self.rank == 0

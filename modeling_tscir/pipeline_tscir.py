@@ -118,7 +118,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             inputs: instead of these, {"image", "text"} (or one of both) or {"content"}, or a list of such queries.
             top_k (`int`): results a query; 10 unless given.
             weight (`float`): -1 to 1, towards the picture (negative) or the text (positive), where a query has both.
-            where: conditions on the metadata of a [`Gallery`]; see [`Gallery.search`].
+            where, exclude: conditions on the metadata of a [`Gallery`], and ids to leave out; see [`Gallery.search`].
             batch_size (`int`): queries a forward pass; 64 unless given.
 
         Returns:
@@ -150,12 +150,12 @@ class ComposedImageRetrievalPipeline(Pipeline):
         outputs = self.run_single(queries, {}, {"weight": weight}, {"embeds_only": True})
         return outputs.cpu()
 
-    def _sanitize_parameters(self, top_k: int | None = None, weight: float | None = None, where=None, **unknown):
-        unknown = {k for k in unknown if k not in ("trust_remote_code", "use_fast")}
+    def _sanitize_parameters(self, top_k: int | None = None, weight: float | None = None, **more):
+        given = {"top_k": top_k, **{k: more.pop(k, None) for k in ("where", "exclude")}}
+        unknown = {k for k in more if k not in ("trust_remote_code", "use_fast")}
         if unknown:
-            known = "image, text, content, top_k, weight, where, batch_size"
+            known = "image, text, content, top_k, weight, where, exclude, batch_size"
             raise TypeError(f"unknown arguments {sorted(unknown)}; known are {known}")
-        given = {"top_k": top_k, "where": where}
         return {}, {} if weight is None else {"weight": weight}, {k: v for k, v in given.items() if v is not None}
 
     def preprocess(self, queries: list[list]) -> dict:
@@ -204,16 +204,16 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return {"query_embeds": queries}
 
     def postprocess(
-        self, outputs: dict[str, torch.Tensor], top_k: int = 10, where=None, embeds_only: bool = False
+        self, outputs: dict[str, torch.Tensor], top_k: int = 10, where=None, exclude=(), embeds_only: bool = False
     ) -> list[list[dict]] | torch.Tensor:
         queries = F.normalize(outputs["query_embeds"].float(), dim=-1)
         if embeds_only:
             return queries
         if self.gallery is not None:
-            results = self.gallery.search(queries, top_k, where)
+            results = self.gallery.search(queries, top_k, where, exclude)
             return [[with_picture(self.gallery, result) for result in row] for row in results]
-        if where is not None:
-            raise ValueError("where needs a gallery with metadata: index(Gallery.load(folder))")
+        if where is not None or exclude:
+            raise ValueError("where and exclude need a gallery on disk: index(Gallery.load(folder))")
         scores, indices = rank(queries.to(self.gallery_embeds.device), self.gallery_embeds, top_k)
         return [
             [

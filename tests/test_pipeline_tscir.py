@@ -113,7 +113,7 @@ def test_misuse_is_explained(cir, pictures):
             cir(nothing)
     with pytest.raises(ValueError, match="content= holds"):
         cir(image=pictures[0], content=[pictures[0], "red"])
-    with pytest.raises(ValueError, match="where needs a gallery"):
+    with pytest.raises(ValueError, match="where and exclude need a gallery"):
         cir(image=pictures[0], text="red", where={"a": 1})
     with pytest.raises(ValueError, match="2 pictures and 1 texts"):
         cir(image=pictures[:2], text=["red"])

@@ -1,0 +1,289 @@
+"""The command line: `tscir index`, `tscir search`, `tscir info` and `tscir serve`."""
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+
+# torch, transformers and the rest are imported where they are needed, so that --help answers at once.
+DESCRIPTION = """Search pictures by a picture and a text that changes it.
+
+  tscir index PHOTOS --output G                       embed a folder's pictures, again only what changed
+  tscir search G --image dress.jpg --text "in red"    the pictures of G nearest to the change
+  tscir info G                                        what a gallery holds
+  tscir serve G                                       a page in the browser
+"""
+MODEL_HELP = (
+    "trained TSCIR folder, Hub name, or a plain CLIP such as openai/clip-vit-base-patch32, which answers training-free"
+)
+QUERY_HELP = """A query is made of --image, --id and --text in the order they are given:
+
+  --image a.jpg --text "with long sleeves"                 a change of a picture
+  --image a.jpg                                            pictures like it
+  --text "a red dress"                                     pictures that fit a text
+  --image a.jpg --text "in the colour of" --image b.jpg    several pictures
+  --id shirts/7.jpg --text "without a collar"              a change of a result found before
+"""
+
+
+class InOrder(argparse.Action):
+    """Keeps the parts of a query in the order they were given."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.parts = [*(namespace.parts or []), (self.dest, values)]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tscir", description=DESCRIPTION, formatter_class=raw)
+    from . import __version__
+
+    parser.add_argument("--version", action="version", version=f"tscir {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    index = commands.add_parser(
+        "index",
+        help="embed a folder's pictures into a gallery, or bring one up to date",
+        description="Embed the pictures of a folder and below. Run again, only new and changed files are embedded, "
+        "also after an interruption. Under `accelerate launch -m modeling_tscir.cli index ...` processes share it.",
+    )
+    index.add_argument("folder", type=Path, help="pictures, searched below as well")
+    index.add_argument("--output", "-o", type=Path, required=True, metavar="G", help="the gallery, made if need be")
+    index.add_argument("--model", help=MODEL_HELP + "; the gallery's own if it has one already")
+    index.add_argument("--prefix", default="", help="put before ids, so that several folders go into one gallery")
+    index.add_argument("--metadata", type=Path, help="CSV, JSON Lines or Parquet with a column file_name")
+    index.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of stored embeddings")
+    index.add_argument("--batch_size", type=int, default=32, help="pictures a forward pass")
+    index.add_argument("--shard_size", type=int, default=2048, help="pictures that an interruption may cost")
+    index.add_argument("--index", metavar="FACTORY", help='a FAISS index, such as "IVF4096,PQ64"; "none" drops it')
+    index.add_argument("--strict", action="store_true", help="exit with 1 if any file could not be used")
+
+    search = commands.add_parser(
+        "search", help="search a gallery", description=QUERY_HELP, formatter_class=raw,
+        usage="tscir search G [--image PATH | --id ID | --text TEXT] ... [options]",
+    )  # fmt: skip
+    search.add_argument("gallery", type=Path, metavar="G")
+    search.add_argument("--image", action=InOrder, metavar="PATH", help="a picture's path or URL")
+    search.add_argument("--id", action=InOrder, metavar="ID", help="a picture of the gallery by its id")
+    search.add_argument("--text", action=InOrder, metavar="TEXT", help="a text")
+    search.add_argument("--model", help=MODEL_HELP + "; the one the gallery was made with unless told")
+    search.add_argument("--top_k", "-k", type=int, default=10, help="how many results (10)")
+    search.add_argument("--weight", type=float, default=0.0, help="-1 to 1: towards the picture or the text")
+    search.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION", help="on metadata: price<50, colour=red; all hold"
+    )
+    search.add_argument("--exact", action="store_true", help="leave the gallery's FAISS index aside")
+    search.add_argument("--json", action="store_true", help="results as JSON, and nothing else on stdout")
+    search.add_argument("--html", type=Path, metavar="FILE", help="results as a page that stands alone")
+    search.add_argument("--png", type=Path, metavar="FILE", help="results as a contact sheet")
+    search.set_defaults(parts=None)
+
+    info = commands.add_parser("info", help="what a gallery holds, and what could not be used")
+    info.add_argument("gallery", type=Path, metavar="G")
+    info.add_argument("--json", action="store_true", help="as JSON")
+
+    serve = commands.add_parser("serve", help="a page in the browser (pip install 'tscir[page]')")
+    serve.add_argument("gallery", type=Path, metavar="G")
+    serve.add_argument("--model", help=MODEL_HELP + "; the one the gallery was made with unless told")
+    serve.add_argument("--host", default="127.0.0.1", help="127.0.0.1, this machine alone, unless told")
+    serve.add_argument("--port", type=int, default=7860)
+    return parser
+
+
+def load_pipeline(name: str):
+    """A pipeline around a trained folder, a Hub name, or a plain CLIP."""
+    from transformers import PreTrainedConfig
+    from transformers.utils import logging
+
+    from . import ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
+
+    logging.disable_progress_bar()
+    try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model {name!r} cannot be found or read: {error}") from error
+    load = "from_pretrained" if kind == "tscir" else "from_clip_pretrained"
+    model, processor = getattr(TSCIRModel, load)(name), getattr(TSCIRProcessor, load)(name)
+    if model.mapper is None:
+        tell(f"{name} is a plain CLIP: answering training-free, by slerp between picture and text.")
+    import torch
+
+    return ComposedImageRetrievalPipeline(
+        model=model, processor=processor, device="cuda" if torch.cuda.is_available() else "cpu"
+    )
+
+
+def tell(text: str) -> None:
+    """To people; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def model_of(folder: Path, given: str | None) -> str:
+    """The model that was named, or the one the gallery remembers."""
+    from .gallery import Gallery, GalleryError
+
+    if given is not None:
+        return given
+    if (folder / "gallery.json").is_file():
+        name = Gallery(folder).info.get("model")
+        if name:
+            return name
+    raise GalleryError("name a model: --model FOLDER, HUB NAME or a plain CLIP such as openai/clip-vit-base-patch32")
+
+
+def run_index(args: argparse.Namespace) -> int:
+    from .gallery import Gallery, write_json
+    from .indexing import Processes
+
+    processes = Processes()  # before the model, as it chooses each process's GPU
+    name = model_of(args.output, args.model)
+    cir = load_pipeline(name)
+    gallery = Gallery.open_or_create(args.output, cir.model, cir.processor, args.dtype)
+    if args.index == "none":
+        gallery.drop_index()
+    report = gallery.add(
+        args.folder,
+        cir.model,
+        cir.processor,
+        prefix=args.prefix,
+        metadata=args.metadata,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+    )
+    if not processes.main:
+        return 0
+    gallery.info["model"] = str(Path(name).resolve()) if Path(name).is_dir() else name
+    write_json(gallery.folder / "gallery.json", gallery.info)
+    for line in report.sentences():
+        tell(line)
+    if args.index not in (None, "none"):
+        gallery.build_index(args.index)
+    if "index" in gallery.info:
+        built = gallery.info["index"]
+        tell(
+            f"index {built['factory']}: finds {100 * built['recall_at_10']:.1f}% of the exact ten best "
+            f"({built['queries']} queries between two pictures)."
+        )
+    tell(f"{args.output} holds {len(gallery)} pictures.")
+    return 1 if args.strict and report.unreadable else 0
+
+
+def parse_condition(text: str) -> tuple[str, tuple[str, object]]:
+    for operator in ("<=", ">=", "!=", "=", "<", ">"):
+        column, found, value = text.partition(operator)
+        if found:
+            with contextlib.suppress(ValueError):
+                value = float(value)
+            return column.strip(), (operator, value.strip() if isinstance(value, str) else value)
+    raise ValueError(f"--where {text!r}: write it as column=value, with one of = != < <= > >=")
+
+
+def run_search(args: argparse.Namespace) -> int:
+    from .gallery import Gallery
+
+    if not args.parts:
+        raise ValueError("a query needs --image, --id or --text")
+    conditions = [parse_condition(text) for text in args.where]
+    if len({column for column, _ in conditions}) < len(conditions):
+        raise ValueError("one --where for each column")
+    name = model_of(args.gallery, args.model)
+    gallery = Gallery(args.gallery)
+    cir = load_pipeline(name)
+    gallery.check(cir.model, cir.processor)
+    content = []
+    for kind, value in args.parts:
+        if kind == "id" and value not in gallery.row_of:
+            raise ValueError(f"{args.gallery} holds no picture with the id {value!r}")
+        content.append(value if kind == "text" else {"image": gallery.source(value) if kind == "id" else value})
+    queries = cir.embed(content=content, weight=args.weight)
+    own = [value for kind, value in args.parts if kind == "id"]
+    (results,) = gallery.search(queries, args.top_k, dict(conditions) or None, exclude=own, exact=args.exact)
+    if args.json:
+        print(json.dumps(results, indent=2, default=str))
+    else:
+        print_table(results)
+    if args.html or args.png:
+        from .contact_sheet import write_html, write_png
+
+        if args.html:
+            write_html(args.html, gallery, content, results)
+            tell(f"written: {args.html}")
+        if args.png:
+            write_png(args.png, gallery, content, results)
+            tell(f"written: {args.png}")
+    return 0
+
+
+def print_table(results: list[dict]) -> None:
+    from .indexing import printable
+
+    width = max((len(printable(r["id"])) for r in results), default=2)
+    print(f"{'score':>6}  {'id':{width}}  more")
+    for result in results:
+        more = [f"{key}={value}" for key, value in result["metadata"].items()]
+        more += [f"same as {printable(name)}" for name in result["duplicates"]]
+        print(f"{result['score']:6.3f}  {printable(result['id']):{width}}  {', '.join(more)}".rstrip())
+    if not results:
+        print("nothing found")
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from .gallery import Gallery
+    from .indexing import printable
+
+    gallery = Gallery(args.gallery)
+    duplicates = gallery.duplicates()
+    unreadable = gallery.unreadable
+    if args.json:
+        content = gallery.info | {"pictures": len(gallery), "duplicates": duplicates, "unreadable": unreadable}
+        print(json.dumps(content | {"columns": list(gallery.metadata.columns)}, indent=2))
+        return 0
+    size = sum(file.stat().st_size for file in args.gallery.rglob("*") if file.is_file())
+    print(f"{args.gallery}: {len(gallery)} pictures, {size / 2**20:.1f} MiB")
+    print(f"model       {gallery.info.get('model', 'unknown')} (tscir {gallery.info['tscir_version']})")
+    print(f"embeddings  {gallery.info['dimensions']} x {gallery.info['dtype']} in {len(gallery.shards)} shards")
+    index = gallery.info.get("index")
+    if index:
+        print(f"index       {index['factory']}, recall@10 {index['recall_at_10']:.3f} against exact search")
+    else:
+        print("index       none; search is exact")
+    print(f"columns     {', '.join(gallery.metadata.columns) or 'none'}")
+    print(f"duplicates  {sum(len(group) - 1 for group in duplicates)} pictures have another's bytes")
+    for group in duplicates[:10]:
+        print(f"  {' = '.join(map(printable, group))}")
+    print(f"unreadable  {len(unreadable)} at the last indexing")
+    for bad in unreadable:
+        print(f"  {printable(bad['id'])}: {bad['reason']}")
+    return 0
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from .gallery import Gallery, GalleryError
+
+    try:
+        from .page import make_page, serve
+    except ImportError as error:
+        raise GalleryError(f"the page needs Gradio: pip install 'tscir[page]' ({error})") from error
+    cir = load_pipeline(model_of(args.gallery, args.model)).index(Gallery(args.gallery))
+    serve(make_page(cir), args.host, args.port)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0, 1 with --strict over unreadable files, 2 for mistakes, 130 when interrupted."""
+    args = make_parser().parse_args(arguments)
+    run = {"index": run_index, "search": run_search, "info": run_info, "serve": run_serve}[args.command]
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        tell("interrupted; run the same again to go on")
+        return 130
+    except (ValueError, OSError) as error:  # GalleryError and BadImagesError are ValueErrors
+        tell(f"tscir: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

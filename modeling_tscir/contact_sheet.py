@@ -1,0 +1,115 @@
+"""Results of a search to look at: one page that stands alone, or one picture."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageOps
+
+from .gallery import Gallery
+from .images import load_image
+from .indexing import printable
+
+
+CELL = 224
+STYLE = """
+body { font: 15px system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
+main { display: flex; flex-wrap: wrap; gap: 1rem }
+figure { margin: 0; width: 224px } figcaption { overflow-wrap: anywhere; font-size: 13px }
+img { width: 224px; height: 224px; object-fit: contain; background: #f2f2f2 }
+.query { display: flex; gap: 1rem; align-items: center; margin-bottom: 2rem }
+.query img { width: 160px; height: 160px }
+"""
+
+
+def thumbnail(source) -> Image.Image | None:
+    """A picture of at most CELL pixels a side, None if it cannot be read."""
+    try:
+        image = load_image(source)
+    except ValueError:
+        return None
+    image.thumbnail((CELL, CELL))
+    return image
+
+
+def as_html_image(source) -> str:
+    image = thumbnail(source)
+    if image is None:
+        return "<p>(its file cannot be read any more)</p>"
+    buffer = io.BytesIO()
+    image.save(buffer, "jpeg", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def write_html(path: Path, gallery: Gallery, content: Sequence, results: Sequence[dict]) -> None:
+    """A page with its pictures within it. `content` is the query: texts, and {"image": source}."""
+    query = "".join(
+        f"<strong>{html.escape(part)}</strong>" if isinstance(part, str) else as_html_image(part["image"])
+        for part in content
+    )
+    figures = []
+    for result in results:
+        more = [f"{key}: {value}" for key, value in result["metadata"].items()]
+        more += [f"same as {printable(name)}" for name in result["duplicates"]]
+        lines = [f"{result['score']:.3f} {printable(result['id'])}", *more]
+        caption = "<br>".join(html.escape(line) for line in lines)
+        figures.append(
+            f"<figure>{as_html_image(gallery.source(result['id']))}<figcaption>{caption}</figcaption></figure>"
+        )
+    path.write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Results</title><style>{STYLE}</style>\n'
+        f'<div class="query">{query}</div>\n<main>{"".join(figures)}</main></html>\n',
+        encoding="utf-8",
+    )
+
+
+def write_png(path: Path, gallery: Gallery, content: Sequence, results: Sequence[dict], columns: int = 5) -> None:
+    """A contact sheet: the query in the first row, the results below it in reading order."""
+    text_height, margin = 36, 8
+    width = margin + columns * (CELL + margin)
+    height = margin + CELL + text_height + -(-len(results) // columns) * (CELL + text_height + margin)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def place(number: int, top: int, image: Image.Image | None, lines: Sequence[str]) -> None:
+        left = margin + number * (CELL + margin)
+        if image is None:
+            draw.rectangle((left, top, left + CELL, top + CELL), outline="grey")
+        else:
+            sheet.paste(ImageOps.pad(image, (CELL, CELL), color="white"), (left, top))
+        for row, line in enumerate(lines):
+            draw.text((left, top + CELL + 2 + 16 * row), shortened(line, draw), fill="black", font_size=13)
+
+    pictures = [part for part in content if not isinstance(part, str)][: columns - 1]
+    for number, part in enumerate(pictures):
+        place(number, margin, thumbnail(part["image"]), ["query"])
+    words = " ".join(part if isinstance(part, str) else "[picture]" for part in content)
+    left = margin + len(pictures) * (CELL + margin)
+    draw.multiline_text((left, margin + CELL // 3), wrapped(words, draw, width - left - margin), "black", font_size=18)
+    for number, result in enumerate(results):
+        top = margin + CELL + text_height + number // columns * (CELL + text_height + margin)
+        lines = [f"{result['score']:.3f}", printable(result["id"])]
+        place(number % columns, top, thumbnail(gallery.source(result["id"])), lines)
+    sheet.save(path)
+
+
+def shortened(text: str, draw: ImageDraw.ImageDraw) -> str:
+    """The text's end, where it is too long for a cell: names differ there."""
+    if draw.textlength(text, font_size=13) <= CELL:
+        return text
+    while text and draw.textlength("…" + text, font_size=13) > CELL:
+        text = text[1:]
+    return "…" + text
+
+
+def wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font_size=18) > width and lines[-1]:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines[:6])

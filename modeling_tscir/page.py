@@ -1,0 +1,224 @@
+"""A page in the browser over one gallery: choose or upload a picture, say the change, go on from what is found.
+
+Only thumbnails of the gallery's own pictures are sent out; no path of this machine can be asked for.
+"""
+
+import time
+from collections import deque
+
+import gradio as gr
+from PIL import Image
+from transformers.utils import logging
+
+from .images import load_image
+from .indexing import printable
+from .pipeline_tscir import ComposedImageRetrievalPipeline
+
+
+logger = logging.get_logger(__name__)
+MAX_UPLOAD_BYTES = 16 * 2**20
+MAX_UPLOADS_A_MINUTE = 60
+MAX_WAITING = 32
+MAX_TEXT = 500
+MAX_RESULTS = 50
+THUMBNAIL = 384
+SAMPLES = 12
+KEPT_SECONDS = 3600
+TITLE = "Composed image retrieval"
+CSS = "#steps { color: var(--body-text-color-subdued) }"
+
+
+def thumbnail(source) -> Image.Image:
+    """A picture of at most THUMBNAIL pixels a side; a grey one where it cannot be read."""
+    try:
+        image = load_image(source)
+    except ValueError:
+        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
+
+
+def uploaded(path: str | None) -> Image.Image | None:
+    """What a visitor sent, decoded as any picture is. Raises `gr.Error` with the reason if it is none."""
+    if path is None:
+        return None
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise gr.Error(f"This picture cannot be used: {error}", print_exception=False) from error
+
+
+def captioned(results: list[dict], names: bool = True) -> list[tuple[Image.Image, str]]:
+    shown = []
+    for result in results:
+        if not names:
+            shown.append((thumbnail(result["image"] or b""), f"{result['score']:.3f}"))
+            continue
+        more = [f"{key}: {value}" for key, value in result["metadata"].items()]
+        more += [f"same as {printable(name)}" for name in result["duplicates"]]
+        line = " · ".join([f"{result['score']:.3f} {printable(result['id'])}", *more])
+        shown.append((thumbnail(result["image"] or b""), line))
+    return shown
+
+
+def pictures(name: str, columns: int, height: int | None = None, value=None) -> gr.Gallery:
+    """A row of pictures that can be clicked."""
+    return gr.Gallery(
+        value,
+        columns=columns,
+        height=height,
+        elem_id=name,
+        allow_preview=False,
+        object_fit="contain",
+        show_label=False,
+        interactive=False,
+        buttons=[],
+    )
+
+
+def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
+    """The page of a pipeline that has indexed a [`Gallery`].
+
+    Raises:
+        ValueError: if it has indexed none, or an empty one.
+    """
+    gallery = cir.gallery
+    if gallery is None or len(gallery) == 0:
+        raise ValueError("the page needs a gallery with pictures: cir.index(Gallery.load(folder))")
+    ids = gallery.ids
+    samples = ids[:: max(1, len(ids) // SAMPLES)][:SAMPLES]
+
+    def search(upload, chosen, text, second, weight, count):
+        """Results, their ids, and the same query by picture alone and by text alone."""
+        text = (text or "").strip()[:MAX_TEXT]
+        first = cir.gallery.picture(chosen) if chosen is not None else uploaded(upload)
+        other = uploaded(second)
+        content = [part for part in (first, text or None, other) if part is not None]
+        if not content:
+            raise gr.Error("Choose or upload a picture, or write a text.", print_exception=False)
+        given = [part for part in (first, other) if part is not None]
+        queries = [{"content": content}]
+        queries += [{"image": given[0]}] * bool(given) + [{"text": text}] * bool(text)
+        try:
+            own = [] if chosen is None else [chosen]
+            found = cir(queries, top_k=min(int(count), MAX_RESULTS), weight=float(weight), exclude=own)
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        by_picture = captioned(found[1][:5], names=False) if given else []
+        by_text = captioned(found[-1][:5], names=False) if text else []
+        return captioned(found[0]), [result["id"] for result in found[0]], by_picture, by_text
+
+    def go_on(steps, shown, text, event: gr.SelectData):
+        """A result becomes the reference; the text is free for the next change."""
+        if not 0 <= event.index < len(shown):
+            raise gr.Error("That result is gone; search again.", print_exception=False)
+        name = shown[event.index]
+        steps = [*steps, *([f"“{text.strip()}”"] if (text or "").strip() else []), printable(name)]
+        return name, thumbnail(gallery.source(name)), "", steps, " → ".join(steps)
+
+    def choose(event: gr.SelectData):
+        name = samples[event.index]
+        return name, thumbnail(gallery.source(name)), [printable(name)], printable(name)
+
+    def forget_choice():
+        return None, [], ""
+
+    with gr.Blocks(title=TITLE, delete_cache=(600, KEPT_SECONDS), analytics_enabled=False) as page:
+        gr.Markdown(f"# {TITLE}\nA picture and a change, among {len(gallery):,} pictures.")
+        chosen, shown, steps = gr.State(None), gr.State([]), gr.State([])
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                image = gr.Image(
+                    label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260,
+                    elem_id="picture",
+                )  # fmt: skip
+                text = gr.Textbox(label="Change", placeholder="in red, with long sleeves", max_length=MAX_TEXT,
+                                  elem_id="change")  # fmt: skip
+                go = gr.Button("Search", variant="primary", elem_id="search")
+                with gr.Accordion("More", open=False):
+                    second = gr.Image(
+                        label="Second picture: “… in the colour of …”", type="filepath", image_mode=None, height=180,
+                        sources=["upload", "clipboard"], elem_id="second",
+                    )  # fmt: skip
+                    weight = gr.Slider(-1, 1, 0, step=0.1, label="Towards the picture (-1) or the text (1)")
+                    count = gr.Slider(1, MAX_RESULTS, 10, step=1, label="Results")
+            with gr.Column(scale=3):
+                trail = gr.Markdown(elem_id="steps")
+                gr.Markdown("**Results**: click one to go on from it")
+                results = pictures("results", 5)
+                with gr.Row():
+                    with gr.Column():
+                        gr.Markdown("By the picture alone")
+                        by_picture = pictures("by-picture", 5, height=150)
+                    with gr.Column():
+                        gr.Markdown("By the text alone")
+                        by_text = pictures("by-text", 5, height=150)
+        gr.Markdown("Or begin with one of these:")
+        starters = pictures("samples", SAMPLES, 130, [thumbnail(gallery.source(name)) for name in samples])
+        inputs = [image, chosen, text, second, weight, count]
+        outputs = [results, shown, by_picture, by_text]
+        # One encoding at a time: composing adapters are switched on and off on shared modules.
+        alone = {"concurrency_id": "encode", "concurrency_limit": 1}
+        gr.on([go.click, text.submit], search, inputs, outputs, api_name="search", **alone)
+        results.select(go_on, [steps, shown, text], [chosen, image, text, steps, trail], api_name=False).then(
+            search, inputs, outputs, api_name=False, **alone
+        )
+        starters.select(choose, None, [chosen, image, steps, trail], api_name=False).then(
+            search, inputs, outputs, api_name=False, **alone
+        )
+        gr.on([image.upload, image.clear], forget_choice, None, [chosen, steps, trail], api_name=False)
+    return page.queue(max_size=MAX_WAITING)
+
+
+class UploadLimits:
+    """ASGI middleware: uploads of bounded size, so many a minute; beyond that, "busy"."""
+
+    def __init__(self, app):
+        self.app = app
+        self.recent: deque[float] = deque()
+
+    async def __call__(self, scope, receive, send):
+        problem = None
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
+            problem = self._problem(dict(scope["headers"]))
+        if problem is None:
+            await self.app(scope, receive, send)
+            return
+        status, text = problem
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"60")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": text.encode()})
+
+    def _problem(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit():
+            return 411, "An upload must state its length."
+        if int(length) > MAX_UPLOAD_BYTES:
+            return 413, f"A picture may have at most {MAX_UPLOAD_BYTES >> 20} MiB."
+        now = time.monotonic()
+        while self.recent and now - self.recent[0] > 60:
+            self.recent.popleft()
+        if len(self.recent) >= MAX_UPLOADS_A_MINUTE:
+            return 429, "Busy: too many uploads; try again in a minute."
+        self.recent.append(now)
+        return None
+
+
+def make_app(page: gr.Blocks):
+    """The page as an ASGI application."""
+    from fastapi import FastAPI
+
+    app = gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", max_file_size=MAX_UPLOAD_BYTES,
+        allowed_paths=[], show_error=False, css=CSS, footer_links=[], ssr_mode=False,
+    )  # fmt: skip
+    app.add_middleware(UploadLimits)
+    return app
+
+
+def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Serve until interrupted."""
+    import uvicorn
+
+    print(f"http://{host}:{port}", flush=True)  # noqa: T201
+    uvicorn.run(make_app(page), host=host, port=port, log_level="warning")

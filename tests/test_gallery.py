@@ -1,0 +1,395 @@
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, GalleryError, TSCIRModel, TSCIRProcessor, indexing
+from modeling_tscir import gallery as gallery_module
+from modeling_tscir.embedding import embed_images
+from modeling_tscir.ranking import top_k
+
+
+@pytest.fixture
+def make(stage2, processor, picture_folder, tmp_path):
+    """A gallery of the picture folder, or of another."""
+
+    def make(images=picture_folder, folder=tmp_path / "gallery", **options):
+        return Gallery.from_folder(images, folder, stage2, processor, progress=False, **options)
+
+    return make
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+NAMES = ["0.png", "2.png", "4.png", "below/1.png", "below/3.png", "below/5.png"]
+
+
+def test_it_holds_frozen_clips_embeddings_of_every_picture(make, stage2, processor, picture_folder):
+    gallery = make(dtype="float32", shard_size=4)
+    assert gallery.ids == NAMES and len(gallery.shards) == 2
+    expected = embed_images(stage2, processor, [picture_folder / name for name in NAMES])
+    assert torch.allclose(gallery.vectors(np.arange(6)), expected, atol=1e-6)
+    half = make(folder=gallery.folder.with_name("half"))
+    assert half.vectors(np.arange(6)).dtype == torch.float16
+    assert torch.allclose(half.vectors(np.arange(6)).float(), expected, atol=1e-3)
+    assert gallery.picture("2.png").tobytes() == Image.open(picture_folder / "2.png").tobytes()
+
+
+def test_search_is_exact_across_shards(make):
+    gallery = make(dtype="float32", shard_size=2)
+    queries = torch.nn.functional.normalize(torch.randn(130, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
+    scores, rows = top_k(queries, gallery.vectors(np.arange(6)), 4)
+    found = gallery.search(queries, 4)
+    assert [[NAMES[i] for i in row] for row in rows.tolist()] == [[r["id"] for r in row] for row in found]
+    assert [r["score"] for row in found for r in row] == pytest.approx(scores.flatten().tolist(), abs=1e-6)
+    assert len(gallery.search(queries[:1], 100)[0]) == 6
+    assert gallery.search(queries[:0]) == []
+    for bad in (queries[:, :5], queries[0], queries * torch.nan):
+        with pytest.raises(ValueError, match="quer"):
+            gallery.search(bad)
+
+
+def test_equal_scores_keep_the_gallerys_order():
+    scores = torch.tensor([[0.5, 0.9, 0.5, 0.5, -torch.inf], [0.1, 0.1, 0.1, 0.1, 0.1]])
+    values, columns = gallery_module.best(scores, 3)
+    assert columns.tolist() == [[1, 0, 2], [0, 1, 2]] and values[0].tolist() == pytest.approx([0.9, 0.5, 0.5])
+
+
+def test_the_pipeline_searches_it(make, stage2, processor, picture_folder):
+    cir = ComposedImageRetrievalPipeline(model=stage2, processor=processor)
+    cir.index(picture_folder)
+    expected = cir(image=picture_folder / "0.png", text="red", top_k=3)
+    cir.index(make(dtype="float32"))
+    results = cir(image=picture_folder / "0.png", text="red", top_k=3)
+    assert [r["id"] for r in results] == [r["id"] for r in expected]
+    assert [r["score"] for r in results] == pytest.approx([r["score"] for r in expected], abs=1e-5)
+    assert set(results[0]) == {"score", "id", "image", "path", "duplicates", "metadata"}
+    os.remove(results[0]["path"])
+    gone = cir(image=picture_folder / "0.png" if results[0]["id"] != "0.png" else noise(1), text="red", top_k=6)
+    assert [(r["image"], r["problem"]) for r in gone if r["id"] == results[0]["id"]] == [(None, "missing")]
+    assert cir(image=noise(1), text="red", exclude=["2.png"], top_k=6)[-1]["id"] != "2.png"
+
+
+def test_only_new_and_changed_files_are_read(make, stage2, processor, picture_folder, monkeypatch):
+    gallery = make(shard_size=2)
+    before = gallery.vectors(np.array([gallery.row_of["4.png"]]))
+    noise(10).save(picture_folder / "0.png")
+    noise(11).save(picture_folder / "new.png")
+    (picture_folder / "2.png").unlink()
+    read = []
+    original = indexing.read_file
+    monkeypatch.setattr(indexing, "read_file", lambda path: read.append(os.path.basename(path)) or original(path))
+    report = gallery.add(picture_folder, stage2, processor, progress=False)
+    assert sorted(read) == [b"0.png", b"new.png"]
+    assert (report.added, report.changed, report.unchanged, report.removed) == (1, 1, 4, 1)
+    assert sorted(gallery.ids) == sorted(["0.png", "new.png", *NAMES[2:]])
+    assert torch.equal(gallery.vectors(np.array([gallery.row_of["4.png"]])), before)
+    fresh = make(folder=gallery.folder.with_name("fresh"))
+    for name in gallery.ids:
+        mine, other = (g.vectors(np.array([g.row_of[name]])) for g in (gallery, fresh))
+        assert torch.allclose(mine.float(), other.float(), atol=1e-3), name
+    again = Gallery(gallery.folder)
+    assert again.ids == gallery.ids and again.live.all()
+    assert gallery.add(picture_folder, stage2, processor, progress=False).unchanged == 6
+
+
+def test_removing(make):
+    gallery = make(shard_size=4)
+    with pytest.raises(KeyError, match="nowhere"):
+        gallery.remove(["0.png", "nowhere"])
+    gallery.remove(["0.png", "below/3.png", "below/5.png"])
+    assert gallery.ids == ["2.png", "4.png", "below/1.png"] == Gallery(gallery.folder).ids
+    query = torch.nn.functional.normalize(torch.ones(1, 24), dim=-1)
+    assert len(gallery.search(query, 10)[0]) == 3
+
+
+def test_unreadable_files_are_named_and_nothing_is_lost(make, picture_folder, stage2, processor):
+    (picture_folder / "broken.jpg").write_bytes(b"nothing")
+    (picture_folder / "empty.png").write_bytes(b"")
+    (picture_folder / "notes.txt").write_text("x", "utf-8")
+    gallery = make()
+    report = gallery.add(picture_folder, stage2, processor, progress=False)
+    assert gallery.unreadable == report.unreadable
+    assert [(bad["id"], bad["reason"]) for bad in report.unreadable] == [
+        ("broken.jpg", "not a picture in any known format"),
+        ("empty.png", "empty"),
+    ]
+    assert report.other_files == {".txt": 1} and gallery.ids == NAMES
+    text = "\n".join(report.sentences())
+    assert "broken.jpg: not a picture" in text and "1 .txt" in text
+    (picture_folder / "0.png").write_bytes(b"broken now")
+    report = gallery.add(picture_folder, stage2, processor, progress=False)
+    assert "0.png" not in gallery.ids and "0.png" in [bad["id"] for bad in report.unreadable]
+    noise(3).save(picture_folder / "empty.png")
+    assert gallery.add(picture_folder, stage2, processor, progress=False).added == 1
+    assert {bad["id"] for bad in gallery.unreadable} == {"broken.jpg", "0.png"}
+
+
+def test_duplicates_by_content_are_linked(make, picture_folder):
+    shutil.copy(picture_folder / "0.png", picture_folder / "zero again.png")
+    gallery = make(shard_size=2)
+    assert gallery.duplicates() == [["0.png", "zero again.png"]]
+    query = gallery.vectors(np.array([gallery.row_of["zero again.png"]])).float()
+    (results,) = gallery.search(torch.nn.functional.normalize(query, dim=-1), 10)
+    assert results[0]["id"] == "0.png" and results[0]["duplicates"] == ["zero again.png"]
+    assert len(results) == 6 and all(r["duplicates"] == [] for r in results[1:])
+    assert len(gallery.search(query, 10, exclude=["0.png"])[0]) == 5
+
+
+def test_files_that_change_while_they_are_read_are_noticed(make, picture_folder, stage2, processor, monkeypatch):
+    path = os.fsencode(picture_folder / "0.png")
+    status = os.stat(path)
+    times = iter(range(10))
+
+    def changing(name):
+        found = os.stat_result(status) if name == path else real(name)
+        if name == path:
+            os.utime(path, ns=(0, status.st_mtime_ns + 1 + next(times)))
+            found = real(name)
+        return found
+
+    real = os.stat
+    monkeypatch.setattr(indexing.os, "stat", changing)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        indexing.read_file(path)
+
+
+def test_metadata_and_conditions(make, picture_folder, stage2, processor):
+    frame = pd.DataFrame({"file_name": ["0.png", "2.png", "below/1.png", "lost.png"], "price": [10, 20, 30, 40],
+                          "colour": ["red", "blue", "red", "red"]})  # fmt: skip
+    frame.to_csv(picture_folder / "metadata.csv", index=False)
+    gallery = make()
+    query = torch.nn.functional.normalize(torch.ones(1, 24), dim=-1)
+
+    def ids(where) -> set[str]:
+        return {r["id"] for r in gallery.search(query, 10, where)[0]}
+
+    assert ids({"colour": "red"}) == {"0.png", "below/1.png"}
+    assert ids({"colour": "red", "price": (">", 10)}) == {"below/1.png"}
+    assert ids({"price": ("<=", 20)}) == {"0.png", "2.png"} and ids({"colour": ("!=", "red")}) == {"2.png"}
+    assert ids({"colour": ["blue", "green"]}) == {"2.png"} and ids({"price": (">", 99)}) == set()
+    result = next(r for r in gallery.search(query, 10)[0] if r["id"] == "2.png")
+    assert result["metadata"] == {"price": 20, "colour": "blue"}
+    for where, message in (({"size": 3}, "no column 'size'"), ({"price": ("~", 3)}, "unknown operator"),
+                           ({"price": ("<", "x")}, "cannot be compared")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ids(where)
+    frame.loc[0, "price"] = 99
+    frame.to_csv(picture_folder / "metadata.csv", index=False)
+    report = gallery.add(picture_folder, stage2, processor, progress=False)
+    assert report.metadata_without_picture == ["lost.png"] and report.unchanged == 6
+    assert ids({"price": 99}) == {"0.png"} == set(Gallery(gallery.folder).metadata.query("price == 99").index)
+    other = picture_folder / "other.csv"
+    other.write_text("name,price\n0.png,3\n", "utf-8")
+    with pytest.raises(GalleryError, match="no column file_name"):
+        make(metadata=other)
+    other.write_text("file_name,price\n0.png,3\n0.png,4\n", "utf-8")
+    with pytest.raises(GalleryError, match="'0.png' more than once"):
+        make(metadata=other)
+
+
+def test_datasets_rows_are_kept_in_the_gallery(pictures, stage2, processor, tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"image": pictures, "id": [f"p{i}" for i in range(6)], "price": list(range(6))},
+        features=datasets.Features({"image": datasets.Image(), "id": datasets.Value("string"),
+                                    "price": datasets.Value("int64")}),
+    )  # fmt: skip
+    gallery = Gallery.create(tmp_path / "g", stage2, processor)
+    assert gallery.add(rows, stage2, processor, progress=False, shard_size=4).added == 6
+    again = Gallery(tmp_path / "g")
+    assert again.picture("p3").tobytes() == pictures[3].tobytes()
+    assert again.metadata.loc["p3", "price"] == 3
+    with pytest.raises(GalleryError, match="holds 'p0' already"):
+        gallery.add(rows, stage2, processor, progress=False)
+    assert gallery.add(rows, stage2, processor, progress=False, prefix="more/").added == 6
+    table = gallery.dataset()
+    assert table.num_rows == 12 and len(table[0]["embedding"]) == 24 and table[7]["id"] == "more/p1"
+    shard = datasets.Dataset.from_file(str(gallery.shards[0] / "rows.arrow"))
+    assert shard[1]["id"] == "p1"
+
+
+def test_two_folders_need_prefixes(make, picture_folder, stage2, processor, tmp_path):
+    gallery = make()
+    shutil.copytree(picture_folder, tmp_path / "copy")
+    with pytest.raises(GalleryError, match="use another prefix"):
+        gallery.add(tmp_path / "copy", stage2, processor, progress=False)
+    gallery.add(tmp_path / "copy", stage2, processor, prefix="copy/", progress=False)
+    assert len(gallery) == 12 and gallery.add(picture_folder, stage2, processor, progress=False).removed == 0
+
+
+def test_another_backbone_or_preprocessing_is_refused_and_other_adapters_are_not(
+    make, stage1, processor, clip_dir, tmp_path
+):
+    gallery = make()
+    other = TSCIRModel.from_clip_pretrained(clip_dir)
+    with torch.no_grad():
+        other.clip.visual_projection.weight.mul_(1.5)
+    other.clip.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        if (clip_dir / name).is_file():
+            shutil.copy(clip_dir / name, tmp_path / "other")
+    with pytest.raises(GalleryError, match="another backbone"):
+        Gallery.load(gallery.folder, TSCIRModel.from_clip_pretrained(tmp_path / "other"), processor)
+    squeezed = TSCIRProcessor.from_clip_pretrained(clip_dir, padded_aspect_ratio=1.25)
+    with pytest.raises(GalleryError, match="another preprocessing"):
+        Gallery.load(gallery.folder, stage1, squeezed)
+    # Other mapper, other adapters, no adapters: a picture's embedding is the same.
+    for model in (TSCIRModel.from_clip_pretrained(clip_dir), stage1):
+        Gallery.load(gallery.folder, model, processor)
+    fresh = TSCIRModel.from_clip_pretrained(clip_dir, num_pseudo_words=2)
+    fresh.add_mapper()
+    fresh.add_adapters()
+    with torch.no_grad():
+        for parameter in fresh.trainable_parameters().values():
+            parameter.add_(0.1)
+    report = Gallery.load(gallery.folder, fresh, processor).add(
+        tmp_path / "pictures", fresh, processor, progress=False
+    )
+    assert report.unchanged == 6
+    again = Gallery.from_folder(tmp_path / "pictures", tmp_path / "anew", fresh, processor, progress=False)
+    assert torch.equal(again.vectors(np.arange(6)), gallery.vectors(np.arange(6)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gallery.json", b"{", "cannot be read"),
+        ("gallery.json", b'{"format": 99}', "format 99"),
+        ("shards/000000/rows.arrow", b"nothing", "cannot be read"),
+        ("shards/000000/embeds.safetensors", b"nothing", "cannot be read"),
+    ],
+)
+def test_damage_is_told(make, name, content, message):
+    gallery = make()
+    (gallery.folder / name).write_bytes(content)
+    with pytest.raises(GalleryError, match=message):
+        Gallery(gallery.folder)
+    with pytest.raises(GalleryError, match="holds no gallery"):
+        Gallery(gallery.folder / "shards")
+
+
+def test_a_faiss_index_tells_its_recall_and_follows_the_gallery(make, picture_folder, stage2, processor):
+    pytest.importorskip("faiss")
+    for i in range(60):
+        noise(100 + i).save(picture_folder / f"n{i}.png")
+    gallery = make(dtype="float32")
+    built = gallery.build_index("IVF4,Flat")
+    assert built["rows"] == 66 and 0.5 < built["recall_at_10"] <= 1
+    queries = gallery.vectors(np.arange(66))
+    assert [row[0]["id"] for row in gallery.search(queries, 3)] == gallery.ids
+    assert gallery.build_index("Flat")["recall_at_10"] > 0.99  # of scores that are equal but for rounding
+    exact, found = gallery.search(queries, 5, exact=True), gallery.search(queries, 5)
+    for one, other in zip(exact, found, strict=True):
+        assert [r["score"] for r in one] == pytest.approx([r["score"] for r in other], abs=1e-6)
+    gallery.remove(["n3.png"])
+    assert "n3.png" not in {r["id"] for row in gallery.search(queries, 66) for r in row}
+    noise(7).save(picture_folder / "new.png")
+    gallery.add(picture_folder, stage2, processor, progress=False)
+    assert Gallery(gallery.folder).info["index"]["rows"] == len(gallery.live) == 67
+    with pytest.raises(GalleryError, match="does not understand"):
+        gallery.build_index("Nonsense12")
+    with pytest.raises(GalleryError, match="do not train"):
+        gallery.build_index("IVF4096,PQ8")
+
+
+def test_saving_a_copy(make, tmp_path):
+    gallery = make()
+    copy = gallery.save(tmp_path / "copy")
+    assert copy.ids == gallery.ids
+    with pytest.raises(GalleryError, match="not empty"):
+        gallery.save(tmp_path / "copy")
+
+
+def test_one_writer_at_a_time(make, picture_folder, stage2, processor):
+    gallery = make()
+    with gallery.locked(), pytest.raises(GalleryError, match="written by another process"):
+        Gallery(gallery.folder).add(picture_folder, stage2, processor, progress=False)
+
+
+def test_a_full_disk_keeps_what_was_done(make, picture_folder, stage2, processor, monkeypatch):
+    real = gallery_module.save_file
+    calls = []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(gallery_module, "save_file", full)
+    with pytest.raises(GalleryError, match="No space left.*kept"):
+        make(shard_size=2)
+    gallery = Gallery(picture_folder.parent / "gallery")
+    assert gallery.ids == NAMES[:2]
+    report = gallery.add(picture_folder, stage2, processor, progress=False, shard_size=2)
+    assert (report.added, report.unchanged) == (4, 2) and gallery.ids == NAMES
+
+
+def test_a_shard_whose_replacement_was_interrupted_is_restored(make):
+    gallery = make(shard_size=3)
+    shard = gallery.shards[0]
+    shard.rename(shard.with_suffix(".old"))
+    assert Gallery(gallery.folder).ids == NAMES
+    shutil.copytree(shard, shard.with_suffix(".old"))
+    shutil.copytree(shard, shard.with_suffix(".part"))
+    assert Gallery(gallery.folder).ids == NAMES and not shard.with_suffix(".old").exists()
+
+
+def tscir(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "modeling_tscir.cli", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE, **options
+    )
+
+
+def test_killed_at_any_moment_it_goes_on_from_the_last_whole_shard(model_dir, tmp_path):
+    (tmp_path / "many").mkdir()
+    for i in range(120):
+        noise(i).save(tmp_path / "many" / f"{i:03d}.png")
+    command = ("index", tmp_path / "many", "--output", tmp_path / "g", "--model", model_dir, "--shard_size", 8,
+               "--batch_size", 4)  # fmt: skip
+    kills = 0
+    for shards in (1, 5, 9):
+        process = tscir(*command)
+        while process.poll() is None and len(list((tmp_path / "g").glob("shards/*"))) < shards:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    kept = len(Gallery(tmp_path / "g"))
+    assert kills >= 2 and kept >= 8
+    process = tscir(*command)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert f"{120 - kept} pictures added, 0 changed, {kept} as they were" in errors.decode()
+    gallery = Gallery(tmp_path / "g")
+    assert sorted(gallery.ids) == [f"{i:03d}.png" for i in range(120)]
+    model, processor = TSCIRModel.from_pretrained(model_dir), TSCIRProcessor.from_pretrained(model_dir)
+    whole = Gallery.from_folder(tmp_path / "many", tmp_path / "whole", model, processor, progress=False, batch_size=4)
+    for name in gallery.ids:
+        mine, other = (g.vectors(np.array([g.row_of[name]])).float() for g in (gallery, whole))
+        assert torch.allclose(mine, other, atol=1e-3)
+
+
+def test_two_processes_build_one_gallery(model_dir, tmp_path, picture_folder):
+    (picture_folder / "broken.jpg").write_bytes(b"nothing")
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m",
+               "modeling_tscir.cli", "index", picture_folder, "-o", tmp_path / "g", "--model", model_dir,
+               "--shard_size", 1]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, env=env, capture_output=True, timeout=200)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    gallery = Gallery(tmp_path / "g")
+    assert gallery.ids == NAMES and [bad["id"] for bad in gallery.unreadable] == ["broken.jpg"]
+    assert done.stderr.decode().count("6 pictures added") == 1
