@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "also after an interruption. Under `accelerate launch -m modeling_tscir.cli index ...` processes share it.",
     )
     index.add_argument("folder", type=Path, help="pictures, searched below as well")
-    index.add_argument("--output", "-o", type=Path, required=True, metavar="G", help="the gallery, made if need be")
+    index.add_argument("--output", "-o", required=True, metavar="G", help="the gallery, made if need be")
     index.add_argument("--model", help=MODEL_HELP + "; the gallery's own if it has one already")
     index.add_argument("--prefix", default="", help="put before ids, so that several folders go into one gallery")
     index.add_argument("--metadata", type=Path, help="CSV, JSON Lines or Parquet with a column file_name")
@@ -64,7 +64,7 @@ def make_parser() -> argparse.ArgumentParser:
         "search", help="search a gallery", description=QUERY_HELP, formatter_class=raw,
         usage="tscir search G [--image PATH | --id ID | --text TEXT] ... [options]",
     )  # fmt: skip
-    search.add_argument("gallery", type=Path, metavar="G")
+    search.add_argument("gallery", metavar="G")
     search.add_argument("--image", action=InOrder, metavar="PATH", help="a picture's path or URL")
     search.add_argument("--id", action=InOrder, metavar="ID", help="a picture of the gallery by its id")
     search.add_argument("--text", action=InOrder, metavar="TEXT", help="a text")
@@ -81,11 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
     search.set_defaults(parts=None)
 
     info = commands.add_parser("info", help="what a gallery holds, and what could not be used")
-    info.add_argument("gallery", type=Path, metavar="G")
+    info.add_argument("gallery", metavar="G")
     info.add_argument("--json", action="store_true", help="as JSON")
 
     serve = commands.add_parser("serve", help="a page in the browser (pip install 'tscir[page]')")
-    serve.add_argument("gallery", type=Path, metavar="G")
+    serve.add_argument("gallery", metavar="G")
     serve.add_argument("--model", help=MODEL_HELP + "; the one the gallery was made with unless told")
     serve.add_argument("--host", default="127.0.0.1", help="127.0.0.1, this machine alone, unless told")
     serve.add_argument("--port", type=int, default=7860)
@@ -120,27 +120,31 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def model_of(folder: Path, given: str | None) -> str:
+def model_of(gallery, given: str | None) -> str:
     """The model that was named, or the one the gallery remembers."""
-    from .gallery import Gallery, GalleryError
+    from .gallery import GalleryError
 
-    if given is not None:
-        return given
-    if (folder / "gallery.json").is_file():
-        name = Gallery(folder).info.get("model")
-        if name:
-            return name
-    raise GalleryError("name a model: --model FOLDER, HUB NAME or a plain CLIP such as openai/clip-vit-base-patch32")
+    name = given or (gallery.info.get("model") if gallery is not None else None)
+    if not name:
+        raise GalleryError(
+            "name a model: --model FOLDER, HUB NAME or a plain CLIP such as openai/clip-vit-base-patch32"
+        )
+    return name
 
 
 def run_index(args: argparse.Namespace) -> int:
-    from .gallery import Gallery, write_json
+    from .gallery import Gallery
     from .indexing import Processes
+    from .milvus_gallery import MilvusGallery, is_milvus, open_gallery
 
     processes = Processes()  # before the model, as it chooses each process's GPU
-    name = model_of(args.output, args.model)
+    there = is_milvus(args.output) or (Path(args.output) / "gallery.json").is_file()
+    name = args.model or model_of(open_gallery(args.output) if there else None, None)
     cir = load_pipeline(name)
-    gallery = Gallery.open_or_create(args.output, cir.model, cir.processor, args.dtype)
+    kind = MilvusGallery if is_milvus(args.output) else Gallery
+    gallery = kind.open_or_create(args.output, cir.model, cir.processor, args.dtype)
+    if args.index is not None and kind is MilvusGallery:
+        raise ValueError("--index is for galleries in folders; Milvus keeps an index of its own")
     if args.index == "none":
         gallery.drop_index()
     report = gallery.add(
@@ -154,8 +158,7 @@ def run_index(args: argparse.Namespace) -> int:
     )
     if not processes.main:
         return 0
-    gallery.info["model"] = str(Path(name).resolve()) if Path(name).is_dir() else name
-    write_json(gallery.folder / "gallery.json", gallery.info)
+    gallery.remember(model=str(Path(name).resolve()) if Path(name).is_dir() else name)
     for line in report.sentences():
         tell(line)
     if args.index not in (None, "none"):
@@ -181,20 +184,19 @@ def parse_condition(text: str) -> tuple[str, tuple[str, object]]:
 
 
 def run_search(args: argparse.Namespace) -> int:
-    from .gallery import Gallery
+    from .milvus_gallery import open_gallery
 
     if not args.parts:
         raise ValueError("a query needs --image, --id or --text")
     conditions = [parse_condition(text) for text in args.where]
     if len({column for column, _ in conditions}) < len(conditions):
         raise ValueError("one --where for each column")
-    name = model_of(args.gallery, args.model)
-    gallery = Gallery(args.gallery)
-    cir = load_pipeline(name)
+    gallery = open_gallery(args.gallery)
+    cir = load_pipeline(model_of(gallery, args.model))
     gallery.check(cir.model, cir.processor)
     content = []
     for kind, value in args.parts:
-        if kind == "id" and value not in gallery.row_of:
+        if kind == "id" and value not in gallery:
             raise ValueError(f"{args.gallery} holds no picture with the id {value!r}")
         content.append(value if kind == "text" else {"image": gallery.source(value) if kind == "id" else value})
     queries = cir.embed(content=content, weight=args.weight)
@@ -230,26 +232,22 @@ def print_table(results: list[dict]) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from .gallery import Gallery
     from .indexing import printable
+    from .milvus_gallery import open_gallery
 
-    gallery = Gallery(args.gallery)
+    gallery = open_gallery(args.gallery)
     duplicates = gallery.duplicates()
     unreadable = gallery.unreadable
     if args.json:
         content = gallery.info | {"pictures": len(gallery), "duplicates": duplicates, "unreadable": unreadable}
-        print(json.dumps(content | {"columns": list(gallery.metadata.columns)}, indent=2))
+        print(json.dumps(content, indent=2))
         return 0
-    size = sum(file.stat().st_size for file in args.gallery.rglob("*") if file.is_file())
-    print(f"{args.gallery}: {len(gallery)} pictures, {size / 2**20:.1f} MiB")
+    print(f"{args.gallery}: {len(gallery)} pictures")
     print(f"model       {gallery.info.get('model', 'unknown')} (tscir {gallery.info['tscir_version']})")
-    print(f"embeddings  {gallery.info['dimensions']} x {gallery.info['dtype']} in {len(gallery.shards)} shards")
+    print(f"embeddings  {gallery.info['dimensions']} x {gallery.info['dtype']}")
     index = gallery.info.get("index")
     if index:
         print(f"index       {index['factory']}, recall@10 {index['recall_at_10']:.3f} against exact search")
-    else:
-        print("index       none; search is exact")
-    print(f"columns     {', '.join(gallery.metadata.columns) or 'none'}")
     print(f"duplicates  {sum(len(group) - 1 for group in duplicates)} pictures have another's bytes")
     for group in duplicates[:10]:
         print(f"  {' = '.join(map(printable, group))}")
@@ -260,13 +258,15 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    from .gallery import Gallery, GalleryError
+    from .gallery import GalleryError
+    from .milvus_gallery import open_gallery
 
     try:
         from .page import make_page, serve
     except ImportError as error:
         raise GalleryError(f"the page needs Gradio: pip install 'tscir[page]' ({error})") from error
-    cir = load_pipeline(model_of(args.gallery, args.model)).index(Gallery(args.gallery))
+    gallery = open_gallery(args.gallery)
+    cir = load_pipeline(model_of(gallery, args.model)).index(gallery)
     serve(make_page(cir), args.host, args.port)
     return 0
 

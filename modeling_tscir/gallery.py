@@ -239,6 +239,18 @@ class Gallery:
         self._index = None
         self._everything = None
 
+    def __contains__(self, name: str) -> bool:
+        return name in self.row_of
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def known(self) -> dict[str, tuple[bytes | None, int, int]]:
+        """Path, size in bytes and time of change in nanoseconds of each id's file."""
+        columns = (self.table[name].to_pylist() for name in ("path", "size", "mtime_ns"))
+        rows = list(zip(*columns, strict=True))
+        return {name: rows[row] for name, row in self.row_of.items()}
+
     def __len__(self) -> int:
         return int(self.live.sum())
 
@@ -293,6 +305,64 @@ class Gallery:
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), self.info["dimensions"])
         return datasets.Dataset(table.append_column("embedding", vectors))
 
+    def to_parquet(self, path: str | os.PathLike) -> None:
+        """Write everything to one Parquet file that other engines read, a shard at a time: id, path, size, mtime_ns,
+        content, picture, the metadata's columns, and "embedding", a list of fp32 numbers of length 1."""
+        import pyarrow.parquet as pq
+
+        part = Path(f"{path}.part")
+        writer, start = None, 0
+        kept = {k: self.info[k] for k in ("fingerprint", "dimensions", "dtype", "backbone", "model") if k in self.info}
+        for embeds in self.embeds:
+            rows = np.flatnonzero(self.live[start : start + len(embeds)])
+            table = self.table.slice(start, len(embeds)).take(rows)
+            more = pa.Table.from_pandas(self.metadata.reindex(table["id"].to_pylist()), preserve_index=False)
+            for name in more.column_names:
+                table = table.append_column(name, more[name])
+            values = pa.array(embeds[torch.from_numpy(rows)].float().numpy().reshape(-1))
+            table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, embeds.shape[1]))
+            if writer is None:
+                schema = table.schema.with_metadata({"tscir": json.dumps(kept)})
+                writer = pq.ParquetWriter(part, schema)
+            writer.write_table(table.cast(schema))
+            start += len(embeds)
+        if writer is None:
+            raise GalleryError(f"{self.folder} is empty")
+        writer.close()
+        os.replace(part, path)
+
+    @classmethod
+    def from_parquet(cls, path: str | os.PathLike, folder: str | os.PathLike) -> "Gallery":
+        """A gallery in a new folder from what `to_parquet` wrote.
+
+        Raises:
+            GalleryError: if the file is no such file, or the folder is not new.
+        """
+        import pyarrow.parquet as pq
+
+        from . import __version__
+
+        try:
+            file = pq.ParquetFile(path)
+            kept = json.loads(file.schema_arrow.metadata[b"tscir"])
+        except (OSError, KeyError, TypeError, pa.ArrowInvalid) as error:
+            raise GalleryError(f"{path} is no Parquet file of a gallery's: {error!r}") from error
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise GalleryError(f"{folder} is not empty; name a new folder")
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        for number in range(file.num_row_groups):
+            table = file.read_row_group(number)
+            values = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+            embeds = torch.from_numpy(values.copy()).to(DTYPES[kept["dtype"]])
+            write_shard(folder / "shards" / f"{number:06d}", table.select(SCHEMA.names).cast(SCHEMA), embeds)
+        write_json(folder / "gallery.json", {"format": FORMAT, **kept, "tscir_version": __version__})
+        gallery = cls(folder)
+        others = [name for name in file.schema_arrow.names if name not in (*SCHEMA.names, "embedding")]
+        if others:
+            gallery.set_metadata(file.read(["id", *others]).to_pandas().set_index("id"))
+        return gallery
+
     def vectors(self, rows: np.ndarray) -> torch.Tensor:
         """Embeddings [n, D] of rows, as stored."""
         starts = np.cumsum([0, *map(len, self.embeds)])
@@ -316,6 +386,9 @@ class Gallery:
         row = self.row_of[name]
         path = self.path(row)
         return self.table["picture"][row].as_py() if path is None else path
+
+    def set_unreadable(self, unreadable: list[dict[str, str]]) -> None:
+        write_json(self.folder / "unreadable.json", unreadable)
 
     @property
     def unreadable(self) -> list[dict[str, str]]:
@@ -567,8 +640,19 @@ class Gallery:
     def next_shard(self) -> int:
         return 1 + max((int(path.name) for path in self.shards), default=-1)
 
+    def remember(self, **entries) -> None:
+        """Keep further entries in `info`."""
+        self.info |= entries
+        write_json(self.folder / "gallery.json", self.info)
+
+    def write_rows(self, number: int, rows: list[dict], embeds: torch.Tensor) -> None:
+        """Keep a shard of rows, read back by `reload`. Raises `GalleryError` if the disk does not take it."""
+        write_shard(self.folder / "shards" / f"{number:06d}", pa.Table.from_pylist(rows, SCHEMA), embeds)
+
     def forget(self, ids: set[str]) -> None:
         """Rewrite the shards that hold dead rows, or rows of `ids`, without them."""
+        if not ids and self.live.all():
+            return
         for name in ids:
             self.live[self.row_of[name]] = False
         start = 0

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .embedding import prefetched
-from .gallery import DTYPES, SCHEMA, Gallery, GalleryError, write_json, write_shard
+from .gallery import DTYPES, Gallery, GalleryError
 from .images import EXTENSIONS, load_image
 
 
@@ -386,7 +386,7 @@ class Plan:
     def report(self, gallery: Gallery, unreadable: list[dict[str, str]]) -> Report:
         """`gallery` as it was before, `unreadable` what was met while reading."""
         done = self.todo.ids() - {bad["id"] for bad in unreadable}
-        changed = sum(name in gallery.row_of for name in done)
+        changed = sum(name in gallery for name in done)
         return Report(
             added=len(done) - changed,
             changed=changed,
@@ -399,24 +399,21 @@ class Plan:
 
 def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata: str | os.PathLike | None) -> Plan:
     found = find_files(root, prefix)
-    table = gallery.table
-    sizes, times = table["size"].to_pylist(), table["mtime_ns"].to_pylist()
+    known = gallery.known()
     roots = os.fsencode(os.path.join(os.path.abspath(root), ""))
     todo = Files()
     for file in found.files:
-        row = gallery.row_of.get(file.id)
-        if row is not None and table["path"][row].as_py() != file.path:
-            other = gallery.path(row) or "a dataset"
-            raise GalleryError(f"{gallery.folder} holds {file.id!r} already, of {other}; use another prefix")
-        if row is None or (sizes[row], times[row]) != (file.size, file.mtime_ns):
+        path, *state = known.get(file.id, (file.path, None, None))
+        if path != file.path:
+            other = "a dataset" if path is None else os.fsdecode(path)
+            raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
+        if state != [file.size, file.mtime_ns]:
             todo.append(file)
     if not found.files and not found.unreadable:
         raise GalleryError(f"{root} holds no picture ({', '.join(sorted(EXTENSIONS))})")
     here = {file.id for file in found.files}
     closed = tuple(name + "/" for name in found.closed_folders)
-    below_root = {
-        name for name, row in gallery.row_of.items() if (table["path"][row].as_py() or b"").startswith(roots)
-    }
+    below_root = {name for name, (path, *_) in known.items() if (path or b"").startswith(roots)}
     gone = {name for name in below_root - here if not name.startswith(closed)}
     frame = read_metadata(root, metadata, prefix)
     return Plan(todo, gone, frame, len(found.files) - len(todo), found.unreadable, dict(found.other.most_common()))
@@ -432,9 +429,9 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     if len(set(ids)) != len(ids):
         twice = next(name for name, count in Counter(ids).items() if count > 1)
         raise GalleryError(f"column {id_column!r} holds {twice!r} more than once; ids must differ")
-    known = [name for name in ids if name in gallery.row_of]
+    known = [name for name in ids if name in gallery]
     if known:
-        raise GalleryError(f"{gallery.folder} holds {known[0]!r} already ({len(known)} known ids); use another prefix")
+        raise GalleryError(f"{gallery} holds {known[0]!r} already ({len(known)} known ids); use another prefix")
     others = [c for c in rows.column_names if c not in (image_column, id_column)]
     frame = rows.select_columns(others).to_pandas().set_axis(ids) if others else None
     pictures = rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
@@ -490,22 +487,19 @@ def embed_todo(
             unreadable += chunk.unreadable
             bar.update(len(chunk.unreadable))
             if chunk.rows:
-                table = pa.Table.from_pylist(chunk.rows, SCHEMA)
-                write_shard(gallery.folder / "shards" / f"{first + start // shard_size:06d}", table, embeds)
+                gallery.write_rows(first + start // shard_size, chunk.rows, embeds)
     return unreadable
 
 
 def finish(gallery: Gallery, plan: Plan, report: Report) -> None:
     """Read the new shards, forget what is gone, changed or not readable any more, and write the rest."""
     gallery.reload()
-    old = plan.gone | {bad["id"] for bad in report.unreadable}
-    old &= gallery.row_of.keys()
-    if old or not gallery.live.all():
-        gallery.forget(old)
+    old = {name for name in plan.gone | {bad["id"] for bad in report.unreadable} if name in gallery}
+    gallery.forget(old)
     if plan.metadata is not None:
-        report.metadata_without_picture = [name for name in plan.metadata.index if name not in gallery.row_of]
+        report.metadata_without_picture = [name for name in plan.metadata.index if name not in gallery]
     if plan.metadata is not None or old:
         gallery.set_metadata(plan.metadata)
-    write_json(gallery.folder / "unreadable.json", report.unreadable)
+    gallery.set_unreadable(report.unreadable)
     if len(plan.todo) or old:
         gallery.rebuild_index()

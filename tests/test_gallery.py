@@ -312,6 +312,28 @@ def test_saving_a_copy(make, tmp_path):
         gallery.save(tmp_path / "copy")
 
 
+def test_parquet_there_and_back(make, picture_folder, tmp_path):
+    frame = pd.DataFrame({"file_name": ["0.png", "below/1.png"], "price": [10, 20], "colour": ["red", None]})
+    frame.to_csv(picture_folder / "metadata.csv", index=False)
+    gallery = make(shard_size=4)
+    gallery.remove(["2.png"])
+    gallery.to_parquet(tmp_path / "g.parquet")
+    table = pd.read_parquet(tmp_path / "g.parquet")
+    assert table["id"].tolist() == gallery.ids and table.loc[0, "price"] == 10
+    assert np.linalg.norm(table.loc[3, "embedding"]) == pytest.approx(1, abs=1e-3)
+    again = Gallery.from_parquet(tmp_path / "g.parquet", tmp_path / "again")
+    assert again.ids == gallery.ids and again.info["fingerprint"] == gallery.info["fingerprint"]
+    query = torch.nn.functional.normalize(torch.ones(1, 24), dim=-1)
+    for where in (None, {"colour": "red"}, {"price": (">", 10)}):
+        mine, other = again.search(query, 9, where)[0], gallery.search(query, 9, where)[0]
+        assert [(r["id"], r["score"], r["path"]) for r in mine] == [(r["id"], r["score"], r["path"]) for r in other]
+    table.to_parquet(tmp_path / "foreign.parquet")
+    with pytest.raises(GalleryError, match="no Parquet file of a gallery"):
+        Gallery.from_parquet(tmp_path / "foreign.parquet", tmp_path / "third")
+    with pytest.raises(GalleryError, match="not empty"):
+        Gallery.from_parquet(tmp_path / "g.parquet", tmp_path / "again")
+
+
 def test_one_writer_at_a_time(make, picture_folder, stage2, processor):
     gallery = make()
     with gallery.locked(), pytest.raises(GalleryError, match="written by another process"):

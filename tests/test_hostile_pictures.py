@@ -16,7 +16,8 @@ from modeling_tscir import indexing as indexing_module
 
 FORMATS = {
     "bmp": "BMP", "dib": "DIB", "gif": "GIF", "ico": "ICO", "j2k": "JPEG2000", "jpg": "JPEG", "pcx": "PCX",
-    "png": "PNG", "ppm": "PPM", "tga": "TGA", "tif": "TIFF", "webp": "WEBP", "avif": "AVIF", "qoi": "QOI", "apng": "PNG",
+    "png": "PNG", "ppm": "PPM", "tga": "TGA", "tif": "TIFF", "webp": "WEBP", "avif": "AVIF", "qoi": "QOI",
+    "apng": "PNG",
 }  # fmt: skip
 
 
@@ -70,7 +71,8 @@ def broken_files() -> dict[bytes, bytes]:
 
 
 GOOD = [b"good.png", b"new\nline.png", b"tab\tbell\a.png", b"caf\xe9.png", "漢字 🙂.png".encode(), b"-rf.png",
-        b"a" * 240 + b".png", b"%s %d {}.png", b"'; DROP TABLE.png", b"<script>.png", b"..png", b".hidden.png", b"\xff\xfe.png"]  # fmt: skip
+        b"a" * 240 + b".png", b"%s %d {}.png", b"'; DROP TABLE.png", b"<script>.png", b"..png", b".hidden.png",
+        b"\xff\xfe.png"]  # fmt: skip
 
 
 @pytest.fixture

@@ -1,0 +1,144 @@
+import json
+import re
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from modeling_tscir import cli
+
+
+@pytest.fixture
+def run(capsys):
+    """Run `tscir`; gives exit code, stdout and stderr."""
+
+    def run(*arguments):
+        try:
+            code = cli.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def indexed(run, picture_folder, model_dir, tmp_path):
+    frame = pd.DataFrame({"file_name": ["0.png", "2.png", "below/1.png"], "price": [10, 20, 30],
+                          "colour": ["red", "blue", "red"]})  # fmt: skip
+    frame.to_csv(picture_folder / "metadata.csv", index=False)
+    (picture_folder / "broken.jpg").write_bytes(b"nothing")
+    code, out, err = run("index", picture_folder, "-o", tmp_path / "g", "--model", model_dir)
+    assert code == 0 and out == "" and "6 pictures added" in err and "broken.jpg: not a picture" in err
+    return tmp_path / "g"
+
+
+def test_help_shows_how_to_ask(run):
+    code, out, _ = run("--help")
+    assert code == 0 and all(
+        command in out for command in ("tscir index", "tscir search", "tscir info", "tscir serve")
+    )
+    assert "in the colour of" in run("search", "--help")[1] and "IVF4096,PQ64" in run("index", "--help")[1]
+
+
+def test_a_search_as_table_json_page_and_picture(run, indexed, picture_folder, tmp_path):
+    query = ("search", indexed, "--image", picture_folder / "0.png", "--text", "red", "-k", 3)
+    code, out, _ = run(*query)
+    lines = out.strip().splitlines()
+    assert code == 0 and len(lines) == 4 and lines[0].split() == ["score", "id", "more"]
+    code, out, _ = run(*query, "--json")
+    results = json.loads(out)
+    assert [r["id"] for r in results] == [line.split()[1] for line in lines[1:]]
+    assert f"{results[0]['score']:.3f}" == lines[1].split()[0]
+    code, out, err = run(*query, "--html", tmp_path / "o.html", "--png", tmp_path / "o.png")
+    page = (tmp_path / "o.html").read_text("utf-8")
+    assert page.count("<figure>") == 3 and page.count("data:image/jpeg;base64,") == 4 and "http" not in page
+    assert Image.open(tmp_path / "o.png").size[0] > 1000 and "o.html" in err
+
+
+def test_every_kind_of_query(run, indexed, picture_folder):
+    def ids(*parts, k=6) -> list[str]:
+        code, out, err = run("search", indexed, *parts, "-k", k, "--json")
+        assert code == 0, err
+        return [r["id"] for r in json.loads(out)]
+
+    picture = picture_folder / "0.png"
+    assert ids("--image", picture)[0] == "0.png"
+    assert len(ids("--text", "red")) == 6
+    assert ids("--id", "0.png") == ids("--image", picture)[1:]  # a picture of the gallery is not its own result
+    two = ("--image", picture, "--text", "in the colour of", "--image", picture_folder / "2.png")
+    turned = ("--image", picture_folder / "2.png", "--text", "in the colour of", "--image", picture)
+
+    def scores(*parts) -> dict[str, float]:
+        return {r["id"]: r["score"] for r in json.loads(run("search", indexed, *parts, "--json")[1])}
+
+    assert scores(*two) != pytest.approx(scores(*turned), abs=1e-3)
+    composed = ("--image", picture, "--text", "red")
+    assert ids(*composed, "--weight", -1)[0] == "0.png" and ids(*composed, "--weight", 1) == ids("--text", "red")
+    assert set(ids(*composed, "--where", "colour=red", "--where", "price>10")) == {"below/1.png"}
+    assert len(ids(*composed, k=2)) == 2
+
+
+def test_info(run, indexed):
+    code, out, _ = run("info", indexed)
+    assert code == 0 and "6 pictures" in out and "broken.jpg: not a picture" in out
+    assert json.loads(run("info", indexed, "--json")[1])["pictures"] == 6
+
+
+def test_a_plain_clip_answers_training_free_and_says_so(run, clip_dir, picture_folder, tmp_path):
+    code, _, err = run("index", picture_folder, "-o", tmp_path / "g", "--model", clip_dir)
+    assert code == 0 and err.count("training-free") == 1
+    code, out, err = run("search", tmp_path / "g", "--image", picture_folder / "0.png", "--text", "red")
+    assert code == 0 and "training-free" in err and len(out.splitlines()) == 7
+
+
+def test_milvus_by_its_address(run, picture_folder, model_dir, tmp_path):
+    pytest.importorskip("milvus_lite")
+    uri = f"{tmp_path / 'g.db'}#photos"
+    code, _, err = run("index", picture_folder, "-o", uri, "--model", model_dir)
+    assert code == 0 and "holds 6 pictures" in err, err
+    code, out, _ = run("search", uri, "--id", "0.png", "--text", "red", "-k", 2, "--json")
+    assert code == 0 and len(json.loads(out)) == 2
+    assert "6 pictures" in run("info", uri)[1]
+    assert "2: " not in err and "0 pictures added" in run("index", picture_folder, "-o", uri)[2]
+
+
+def test_an_index_and_its_recall(run, indexed, picture_folder):
+    pytest.importorskip("faiss")
+    code, _, err = run("index", picture_folder, "-o", indexed, "--index", "Flat")
+    assert code == 0 and re.search(r"index Flat: finds \d+\.\d% of the exact ten best", err)
+    assert "index       Flat" in run("info", indexed)[1]
+    code, _, err = run("index", picture_folder, "-o", indexed, "--index", "none")
+    assert code == 0 and "index       " not in run("info", indexed)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["search", "{g}"], "a query needs --image, --id or --text"),
+        (["search", "{g}", "--id", "none"], "no picture with the id 'none'"),
+        (["search", "{g}", "--image", "none.png"], "missing"),
+        (["search", "{g}", "--text", "a", "--where", "price"], "write it as column=value"),
+        (["search", "{g}", "--text", "a", "--where", "size=3"], "no column 'size'"),
+        (["search", "{g}", "--text", "a", "--weight", "3"], ""),
+        (["search", "nowhere", "--text", "a"], "holds no gallery; make one with: tscir index"),
+        (["index", "nowhere", "-o", "{g}"], "is not a folder"),
+        (["index", "{p}", "-o", "{p}", "--model", "{m}"], "holds no gallery; name a new folder"),
+        (["index", "{p}", "-o", "{g}x"], "name a model"),
+        (["index", "{p}", "-o", "{g}x", "--model", "no/such-model"], "'no/such-model' cannot be found"),
+        (["info", "{p}"], "holds no gallery"),
+    ],
+)
+def test_mistakes_are_one_sentence_each(run, indexed, picture_folder, model_dir, arguments, message):
+    arguments = [a.format(g=indexed, p=picture_folder, m=model_dir) for a in arguments]
+    code, out, err = run(*arguments)
+    if "--weight" in arguments:  # a text alone has no picture to weigh it against
+        assert code == 0
+        return
+    assert code == 2 and out == "" and message in err and "Traceback" not in err
+
+
+def test_strict_tells_by_its_exit_code(run, indexed, picture_folder):
+    assert run("index", picture_folder, "-o", indexed)[0] == 0
+    assert run("index", picture_folder, "-o", indexed, "--strict")[0] == 1

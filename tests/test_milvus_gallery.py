@@ -1,0 +1,101 @@
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, GalleryError, TSCIRProcessor
+from modeling_tscir.milvus_gallery import MilvusGallery, condition, is_milvus, open_gallery
+
+
+pytest.importorskip("pymilvus")
+pytest.importorskip("milvus_lite")
+
+
+@pytest.fixture
+def both(stage2, processor, picture_folder, tmp_path):
+    """The same pictures in a folder's gallery and in Milvus's."""
+    shutil.copy(picture_folder / "0.png", picture_folder / "again.png")
+    (picture_folder / "broken.jpg").write_bytes(b"nothing")
+    frame = pd.DataFrame({"file_name": ["0.png", "2.png", "below/1.png"], "price": [10, 20, 30],
+                          "colour": ["red", 'bl"ue', "red"]})  # fmt: skip
+    frame.to_csv(picture_folder / "metadata.csv", index=False)
+    options = {"progress": False, "shard_size": 3}
+    local = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, dtype="float32", **options)
+    remote = MilvusGallery.from_folder(picture_folder, str(tmp_path / "g.db#shop"), stage2, processor, **options)
+    yield local, remote
+    remote.client.close()
+
+
+QUERIES = torch.nn.functional.normalize(torch.randn(5, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+def plain(results: list[list[dict]]) -> list:
+    """Results without scores, whose last digits differ, and with missing metadata as none."""
+    return [
+        [
+            r | {"score": round(r["score"], 4), "metadata": {k: v for k, v in r["metadata"].items() if v == v}}
+            for r in row
+        ]
+        for row in results
+    ]
+
+
+def test_it_answers_as_a_folders_gallery_does(both):
+    local, remote = both
+    assert remote.ids == sorted(local.ids) and len(remote) == 7 and "2.png" in remote and "x" not in remote
+    assert remote.duplicates() == local.duplicates() == [["0.png", "again.png"]]
+    assert remote.unreadable == local.unreadable and [b["id"] for b in remote.unreadable] == ["broken.jpg"]
+    for options in ({}, {"top_k": 2}, {"where": {"colour": "red"}}, {"where": {"price": (">", 10)}},
+                    {"where": {"colour": 'bl"ue'}}, {"where": {"colour": ["red", "x"], "price": ("<=", 20)}},
+                    {"where": {"price": ("!=", 10)}}, {"exclude": ["again.png"]}):  # fmt: skip
+        mine, other = plain(remote.search(QUERIES, **options)), plain(local.search(QUERIES, **options))
+        assert [[r["id"] for r in row] for row in mine] == [[r["id"] for r in row] for row in other], options
+        assert mine == other, options
+    assert remote.picture("2.png").tobytes() == local.picture("2.png").tobytes()
+
+
+def test_it_follows_the_folder_and_survives_closing(both, stage2, processor, picture_folder):
+    _, remote = both
+    uri = remote.uri
+    remote.client.close()
+    remote = open_gallery(uri)
+    assert isinstance(remote, MilvusGallery) and len(remote) == 7
+    Image.fromarray(np.full((40, 48, 3), 7, dtype=np.uint8)).save(picture_folder / "2.png")
+    (picture_folder / "4.png").unlink()
+    pd.DataFrame({"file_name": ["0.png"], "price": [99]}).to_csv(picture_folder / "metadata.csv", index=False)
+    report = remote.add(picture_folder, stage2, processor, progress=False)
+    assert (report.added, report.changed, report.removed, report.unchanged) == (0, 1, 1, 5)
+    assert {r["id"] for r in remote.search(QUERIES, where={"price": 99})[0]} == {"0.png"}
+    remote.remove(["0.png"])
+    assert "0.png" not in remote and len(remote) == 5
+    with pytest.raises(KeyError, match="0.png"):
+        remote.remove(["0.png"])
+    remote.client.close()
+
+
+def test_the_pipeline_searches_it(both, stage2, processor, picture_folder):
+    local, remote = both
+    cir = ComposedImageRetrievalPipeline(model=stage2, processor=processor)
+    found = [cir.index(g)(image=picture_folder / "2.png", text="red", top_k=3) for g in (local, remote)]
+    assert [r["id"] for r in found[0]] == [r["id"] for r in found[1]]
+    assert found[1][0]["image"].size == (48, 40)
+
+
+def test_refusals(both, stage2, clip_dir, tmp_path, pictures):
+    _, remote = both
+    squeezed = TSCIRProcessor.from_clip_pretrained(clip_dir, padded_aspect_ratio=1.25)
+    with pytest.raises(GalleryError, match="another preprocessing"):
+        remote.check(stage2, squeezed)
+    with pytest.raises(GalleryError, match="holds no gallery"):
+        MilvusGallery(str(tmp_path / "none.db"))
+    with pytest.raises(GalleryError, match="keeps no pictures"):
+        remote.add(pictures, stage2, squeezed)
+    with pytest.raises(ValueError, match="queries are"):
+        remote.search(QUERIES[:, :3])
+    assert (
+        is_milvus("http://host:19530#shop") and is_milvus("a.db") and not is_milvus("a") and not is_milvus("/a.db/g")
+    )
+    assert condition('a"] or 1 == 1', 'x" or ""==""') == 'metadata["a\\"] or 1 == 1"] == "x\\" or \\"\\"==\\"\\""'
