@@ -5,6 +5,7 @@ Only thumbnails of the gallery's own pictures are sent out; no path of this mach
 
 import time
 from collections import deque
+from collections.abc import Callable
 
 import gradio as gr
 from PIL import Image
@@ -98,7 +99,10 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
             raise gr.Error("Choose or upload a picture, or write a text.", print_exception=False)
         given = [part for part in (first, other) if part is not None]
         queries = [{"content": content}]
-        queries += [{"image": given[0]}] * bool(given) + [{"text": text}] * bool(text)
+        if given:
+            queries.append({"image": given[0]})
+        if text:
+            queries.append({"text": text})
         try:
             own = [] if chosen is None else [chosen]
             found = cir(queries, top_k=min(int(count), MAX_RESULTS), weight=float(weight), exclude=own)
@@ -170,17 +174,25 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
     return page.queue(max_size=MAX_WAITING)
 
 
-class UploadLimits:
-    """ASGI middleware: uploads of bounded size, so many a minute; beyond that, "busy"."""
+class Limits:
+    """ASGI middleware: uploads of bounded size, so many a minute, and a queue of bounded length; beyond that, "busy".
 
-    def __init__(self, app):
-        self.app = app
+    Args:
+        is_full: whether the queue takes no more.
+    """
+
+    def __init__(self, app, is_full: Callable[[], bool]):
+        self.app, self.is_full = app, is_full
         self.recent: deque[float] = deque()
 
     async def __call__(self, scope, receive, send):
         problem = None
-        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
-            problem = self._problem(dict(scope["headers"]))
+        if scope["type"] == "http" and scope["method"] == "POST":
+            path = scope["path"].rstrip("/")
+            if path.endswith("/upload"):
+                problem = self._problem(dict(scope["headers"]))
+            elif path.endswith(("/queue/join", "/call/search")) and self.is_full():
+                problem = 503, "Busy: too many searches are waiting; try again in a minute."
         if problem is None:
             await self.app(scope, receive, send)
             return
@@ -212,7 +224,7 @@ def make_app(page: gr.Blocks):
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", max_file_size=MAX_UPLOAD_BYTES,
         allowed_paths=[], show_error=False, css=CSS, footer_links=[], ssr_mode=False,
     )  # fmt: skip
-    app.add_middleware(UploadLimits)
+    app.add_middleware(Limits, is_full=lambda: len(page._queue) >= MAX_WAITING)
     return app
 
 

@@ -1,0 +1,206 @@
+"""The page of `tscir serve`: over HTTP as an attacker would call it, and in a browser as a visitor would."""
+
+import io
+import json
+import os
+import shutil
+import struct
+import threading
+import time
+import zlib
+
+import pytest
+from PIL import Image
+
+from modeling_tscir import ComposedImageRetrievalPipeline, Gallery
+
+
+pytest.importorskip("gradio")
+import gradio as gr  # noqa: E402
+import httpx  # noqa: E402
+import uvicorn  # noqa: E402
+
+from modeling_tscir import page as page_module  # noqa: E402
+from modeling_tscir.page import make_app, make_page  # noqa: E402
+
+
+CHROMIUM = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
+
+
+@pytest.fixture
+def cir(stage2, processor, picture_folder, tmp_path) -> ComposedImageRetrievalPipeline:
+    gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
+    return ComposedImageRetrievalPipeline(model=stage2, processor=processor).index(gallery)
+
+
+@pytest.fixture
+def address(cir, tmp_path, monkeypatch):
+    """The page, served on a port of this machine."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    config = uvicorn.Config(make_app(make_page(cir)), host="127.0.0.1", port=0, log_level="error")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def upload(address: str, content: bytes, name: str = "a.png") -> httpx.Response:
+    return httpx.post(f"{address}/gradio_api/upload", files={"files": (name, content)}, timeout=30)
+
+
+def search(address: str, image=None, text="", second=None, weight=0, count=3) -> dict:
+    """The answer of the search endpoint: {"event", "data"} of its last message."""
+    data = [image, text, second, weight, count]
+    joined = httpx.post(f"{address}/gradio_api/call/search", json={"data": data}, timeout=30)
+    if joined.status_code != 200:
+        return {"event": "refused", "data": joined.text}
+    found = httpx.get(f"{address}/gradio_api/call/search/{joined.json()['event_id']}", timeout=60).text
+    lines = found.strip().splitlines()
+    return {"event": lines[-2].removeprefix("event: "), "data": lines[-1].removeprefix("data: ")}
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_search_over_http(address, pictures, picture_folder):
+    path = upload(address, png(pictures[0])).json()[0]
+    answer = search(address, {"path": path, "meta": {"_type": "gradio.FileData"}}, "red")
+    assert answer["event"] == "complete", answer
+    results, _, by_picture, by_text = json.loads(answer["data"])
+    assert len(results) == len(by_picture) == len(by_text) == 3
+    assert str(picture_folder) not in answer["data"]  # thumbnails of its own, not the gallery's files
+    thumbnail = httpx.get(f"{address}/gradio_api/file={results[0]['image']['path']}")
+    assert thumbnail.status_code == 200 and Image.open(io.BytesIO(thumbnail.content)).size == (48, 40)
+    assert search(address, text="red")["event"] == "complete"
+    assert search(address)["event"] == "error"
+
+
+def test_no_path_of_this_machine_can_be_reached(address, picture_folder, cir, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("hush", "utf-8")
+    inside = cir.gallery.source("0.png")
+    for path in (secret, "/etc/passwd", inside, cir.gallery.folder / "gallery.json",
+                 f"{tmp_path}/uploads/../secret.txt", "../../../../etc/passwd", "%2e%2e/etc/passwd"):  # fmt: skip
+        answer = httpx.get(f"{address}/gradio_api/file={path}", follow_redirects=True)
+        assert answer.status_code in (403, 404) and b"hush" not in answer.content and b"root:" not in answer.content
+        # Nor as the picture of a query, which would be decoded.
+        answer = search(address, {"path": str(path), "meta": {"_type": "gradio.FileData"}}, "red")
+        assert answer["event"] != "complete", path
+    inner = {
+        "path": "http://127.0.0.1:9/x.png",
+        "url": "http://127.0.0.1:9/x.png",
+        "meta": {"_type": "gradio.FileData"},
+    }
+    assert search(address, inner, "red")["event"] != "complete"
+
+
+def test_uploads_are_bounded_in_size_and_number(address, pictures, monkeypatch):
+    assert upload(address, b"x" * (page_module.MAX_UPLOAD_BYTES + 1)).status_code == 413
+
+    def chunks():
+        yield b"x"
+
+    endless = httpx.post(f"{address}/gradio_api/upload", content=chunks(), headers={"transfer-encoding": "chunked"})
+    assert endless.status_code == 411
+    content = png(pictures[0])
+    monkeypatch.setattr(page_module, "MAX_UPLOADS_A_MINUTE", 5)
+    codes = [upload(address, content).status_code for _ in range(7)]
+    assert codes == [200] * 5 + [429] * 2 and "Busy" in upload(address, content).text
+
+
+def bomb() -> bytes:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("content", [b"nothing", b"", bomb(), b"<svg onload=alert(1)/>", b"%!PS-Adobe-3.0\nquit\n"])
+def test_hostile_uploads_are_refused(address, content):
+    path = upload(address, content).json()[0]
+    answer = search(address, {"path": path, "meta": {"_type": "gradio.FileData"}}, "red")
+    assert answer["event"] == "error"
+    assert search(address, text="red")["event"] == "complete"  # it lives on
+
+
+def test_a_flood_is_queued_and_then_told_that_it_is_busy(address, cir, monkeypatch):
+    slow = threading.Event()
+    running = []
+    real = type(cir).__call__
+
+    def waiting(self, *args, **kwargs):
+        running.append(1)
+        assert len(running) == 1  # one encoding at a time
+        slow.wait(30)
+        running.pop()
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(cir), "__call__", waiting)
+    codes, texts = [], []
+    for _ in range(page_module.MAX_WAITING + 8):
+        joined = httpx.post(f"{address}/gradio_api/call/search", json={"data": [None, "red", None, 0, 3]}, timeout=30)
+        codes.append(joined.status_code)
+        texts.append(joined.text)
+    assert codes.count(200) in (page_module.MAX_WAITING, page_module.MAX_WAITING + 1, page_module.MAX_WAITING + 2)
+    assert codes[-1] == 503 and "Busy" in texts[-1]
+    slow.set()
+    time.sleep(2)
+    assert search(address, text="red")["event"] == "complete"
+
+
+def test_an_empty_gallery_has_no_page(stage2, processor, tmp_path):
+    cir = ComposedImageRetrievalPipeline(model=stage2, processor=processor)
+    with pytest.raises(ValueError, match="needs a gallery"):
+        make_page(cir)
+    with pytest.raises(ValueError, match="needs a gallery with pictures"):
+        make_page(cir.index(Gallery.create(tmp_path / "empty", stage2, processor)))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_visitor_searches_and_goes_on_from_a_result(address, cir, picture_folder, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+             "--disable-sync", "--no-first-run"]  # fmt: skip
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        problems = []
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#samples img")
+        assert page.locator("#samples img").count() == 6
+        # An uploaded picture, changed by a text.
+        page.set_input_files("#picture input[type=file]", str(picture_folder / "0.png"))
+        page.wait_for_selector("#picture img")
+        page.fill("#change textarea, #change input", "red")
+        page.click("#search")
+        page.wait_for_selector("#results img")
+        page.wait_for_selector("#by-text img")
+        expected = cir(image=picture_folder / "0.png", text="red", top_k=10)
+        captions = page.locator("#results .caption-label").all_inner_texts()
+        assert captions == [f"{r['score']:.3f} {r['id']}" for r in expected]
+        # Go on from the second result with another text.
+        second = expected[1]["id"]
+        page.locator("#results button").nth(1).click()
+        page.wait_for_function(f"document.querySelector('#steps').innerText.includes({json.dumps(second)})")
+        page.fill("#change textarea, #change input", "that")
+        page.click("#search")
+        expected = [r["id"] for r in cir(image=picture_folder / second, text="that", exclude=[second])]
+        page.wait_for_function(
+            "wanted => JSON.stringify([...document.querySelectorAll('#results .caption-label')]"
+            ".map(e => e.innerText.split(' ')[1])) == JSON.stringify(wanted)",
+            arg=expected,
+        )
+        assert "“red”" in page.locator("#steps").inner_text()
+        page.screenshot(path=os.environ.get("TSCIR_SCREENSHOT", str(tmp_path / "page.png")))
+        assert problems == []
+        browser.close()
+    assert gr.__version__
