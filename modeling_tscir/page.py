@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import gradio as gr
 from PIL import Image
+from starlette.middleware import Middleware
 from transformers.utils import logging
 
 from .images import load_image
@@ -216,21 +217,31 @@ class Limits:
         return None
 
 
-def make_app(page: gr.Blocks):
-    """The page as an ASGI application."""
-    from fastapi import FastAPI
+def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = 7860, wait: bool = True) -> str:
+    """Serve the page; until interrupted, if it is to wait.
 
-    app = gr.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None), page, path="/", max_file_size=MAX_UPLOAD_BYTES,
-        allowed_paths=[], show_error=False, css=CSS, footer_links=[], ssr_mode=False,
-    )  # fmt: skip
-    app.add_middleware(Limits, is_full=lambda: len(page._queue) >= MAX_WAITING)
-    return app
+    Mounting it on an application of one's own instead would leave out Gradio's check of what paths a visitor may name.
 
+    Args:
+        port: None takes any that is free.
 
-def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Serve until interrupted."""
-    import uvicorn
-
-    print(f"http://{host}:{port}", flush=True)  # noqa: T201
-    uvicorn.run(make_app(page), host=host, port=port, log_level="warning")
+    Returns:
+        The page's address, once it is reachable.
+    """
+    limits = Middleware(Limits, is_full=lambda: len(page._queue) >= MAX_WAITING)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        max_file_size=MAX_UPLOAD_BYTES,
+        allowed_paths=[],
+        app_kwargs={"middleware": [limits], "docs_url": None, "redoc_url": None, "openapi_url": None},
+        css=CSS,
+        footer_links=[],
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    if wait:
+        print(address, flush=True)  # noqa: T201
+        page.block_thread()
+    return address

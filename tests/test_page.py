@@ -18,10 +18,9 @@ from modeling_tscir import ComposedImageRetrievalPipeline, Gallery
 pytest.importorskip("gradio")
 import gradio as gr  # noqa: E402
 import httpx  # noqa: E402
-import uvicorn  # noqa: E402
 
 from modeling_tscir import page as page_module  # noqa: E402
-from modeling_tscir.page import make_app, make_page  # noqa: E402
+from modeling_tscir.page import make_page, serve  # noqa: E402
 
 
 CHROMIUM = next((path for name in ("chromium", "google-chrome", "chrome") if (path := shutil.which(name))), None)
@@ -37,15 +36,9 @@ def cir(stage2, processor, picture_folder, tmp_path) -> ComposedImageRetrievalPi
 def address(cir, tmp_path, monkeypatch):
     """The page, served on a port of this machine."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    config = uvicorn.Config(make_app(make_page(cir)), host="127.0.0.1", port=0, log_level="error")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+    page = make_page(cir)
+    yield serve(page, port=None, wait=False).rstrip("/")
+    page.close()
 
 
 def upload(address: str, content: bytes, name: str = "a.png") -> httpx.Response:
@@ -93,12 +86,13 @@ def test_no_path_of_this_machine_can_be_reached(address, picture_folder, cir, tm
         # Nor as the picture of a query, which would be decoded.
         answer = search(address, {"path": str(path), "meta": {"_type": "gradio.FileData"}}, "red")
         assert answer["event"] != "complete", path
-    inner = {
-        "path": "http://127.0.0.1:9/x.png",
-        "url": "http://127.0.0.1:9/x.png",
-        "meta": {"_type": "gradio.FileData"},
-    }
-    assert search(address, inner, "red")["event"] != "complete"
+    # Nor is anything fetched from this machine's own network.
+    results = json.loads(search(address, text="red")["data"])[0]
+    own = f"{address}/gradio_api/file={results[0]['image']['path']}"
+    assert httpx.get(own).status_code == 200
+    for picture in ({"path": own}, {"path": own, "url": own}, {"path": "x.png", "url": own}):
+        answer = search(address, picture | {"meta": {"_type": "gradio.FileData"}}, "red")
+        assert answer["event"] != "complete", picture
 
 
 def test_uploads_are_bounded_in_size_and_number(address, pictures, monkeypatch):
