@@ -147,6 +147,8 @@ def run_index(args: argparse.Namespace) -> int:
         raise ValueError("--index is for galleries in folders; Milvus keeps an index of its own")
     if args.index == "none":
         gallery.drop_index()
+    if processes.main:
+        gallery.remember(model=str(Path(name).resolve()) if Path(name).is_dir() else name)
     report = gallery.add(
         args.folder,
         cir.model,
@@ -158,7 +160,6 @@ def run_index(args: argparse.Namespace) -> int:
     )
     if not processes.main:
         return 0
-    gallery.remember(model=str(Path(name).resolve()) if Path(name).is_dir() else name)
     for line in report.sentences():
         tell(line)
     if args.index not in (None, "none"):

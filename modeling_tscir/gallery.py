@@ -7,13 +7,14 @@
     G/unreadable.json               what the last indexing could not use, and why
     G/faiss.index                   where one was asked for
 
-A shard is written aside and moved into place whole, so that a gallery is valid after any interruption. Where two rows
-have one id the later one holds.
+A shard is written aside and moved into place whole, and rewritten under a new name (000000-1) before the old one goes,
+so that a gallery is valid after any interruption. Where two rows have one id the later one holds.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -217,17 +218,19 @@ class Gallery:
 
     def reload(self) -> None:
         """Read what the folder holds now."""
-        self._restore_interrupted()
-        tables, self.shards, self.embeds = [], [], []
-        for path in sorted((self.folder / "shards").glob("[0-9]*")):
-            if not path.name.isdigit():
-                continue
-            table, embeds = read_shard(path)
+        for attempt in range(5):
+            self.shards = self._newest_shards()
+            try:
+                read = [read_shard(path) for path in self.shards]
+                break
+            except GalleryError:
+                # Another process may have replaced a shard since its name was read.
+                if attempt == 4 or all(path.is_dir() for path in self.shards):
+                    raise
+        tables, self.embeds = [table for table, _ in read], [embeds for _, embeds in read]
+        for path, (table, embeds) in zip(self.shards, read, strict=True):
             if embeds.shape != (len(table), self.info["dimensions"]):
                 raise GalleryError(f"{path}: {len(table)} rows, but embeddings {tuple(embeds.shape)}; {REMEDY}")
-            tables.append(table)
-            self.shards.append(path)
-            self.embeds.append(embeds)
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         ids = self.table["id"].to_pylist()
         self.row_of = {name: row for row, name in enumerate(ids)}  # of equal ids the last
@@ -635,10 +638,14 @@ class Gallery:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise GalleryError(f"{self.folder} is being written by another process; wait for it to end") from error
+            kept = set(self._newest_shards())
+            for path in (self.folder / "shards").iterdir():
+                if path not in kept:  # left by a process that died
+                    shutil.rmtree(path)
             yield
 
     def next_shard(self) -> int:
-        return 1 + max((int(path.name) for path in self.shards), default=-1)
+        return 1 + max((place_of(path)[0] for path in self.shards), default=-1)
 
     def remember(self, **entries) -> None:
         """Keep further entries in `info`."""
@@ -659,24 +666,27 @@ class Gallery:
         for path, embeds in zip(self.shards, self.embeds, strict=True):
             end = start + len(embeds)
             live = self.live[start:end]
-            if not live.any():
-                shutil.rmtree(path)
-            elif not live.all():
+            if not live.all():
                 rows = np.flatnonzero(live)
-                table = self.table.slice(start, len(embeds)).take(rows)
-                write_shard(path, table, embeds[torch.from_numpy(rows)], replace=True)
+                number, version = place_of(path)
+                if len(rows):
+                    table = self.table.slice(start, len(embeds)).take(rows)
+                    newer = path.with_name(f"{number:06d}-{version + 1}")
+                    write_shard(newer, table, embeds[torch.from_numpy(rows)])
+                discard(path)
             start = end
         self.reload()
 
-    def _restore_interrupted(self) -> None:
-        """A shard that was being replaced when the process died has its old rows still."""
-        shards = self.folder / "shards"
-        shards.mkdir(exist_ok=True)
-        for old in shards.glob("*.old"):
-            place = old.with_suffix("")
-            shutil.rmtree(old) if place.exists() else old.rename(place)
+    def _newest_shards(self) -> list[Path]:
+        """The newest version of each shard, in order."""
+        newest: dict[int, Path] = {}
+        found = [path for path in (self.folder / "shards").iterdir() if SHARD_NAME.fullmatch(path.name)]
+        for path in sorted(found, key=place_of):
+            newest[place_of(path)[0]] = path
+        return list(newest.values())
 
 
+SHARD_NAME = re.compile(r"(\d{6,})(?:-(\d+))?")
 REMEDY = "index the pictures again into another folder, or remove this shard's folder and index again"
 
 
@@ -704,6 +714,19 @@ def import_faiss():
     return faiss
 
 
+def place_of(shard: Path) -> tuple[int, int]:
+    """A shard's number, and how often it was rewritten."""
+    number, version = SHARD_NAME.fullmatch(shard.name).groups(default="0")
+    return int(number), int(version)
+
+
+def discard(shard: Path) -> None:
+    """Remove a shard; a process that dies over it leaves no half of one under its name."""
+    aside = shard.with_suffix(".gone")
+    shard.rename(aside)
+    shutil.rmtree(aside)
+
+
 def read_shard(path: Path) -> tuple[pa.Table, torch.Tensor]:
     """Rows and embeddings [n, D] of a shard, both mapped from disk rather than read."""
     try:
@@ -716,24 +739,20 @@ def read_shard(path: Path) -> tuple[pa.Table, torch.Tensor]:
         raise GalleryError(f"{path} cannot be read ({error}); {REMEDY}") from error
 
 
-def write_shard(path: Path, table: pa.Table, embeds: torch.Tensor, replace: bool = False) -> None:
+def write_shard(path: Path, table: pa.Table, embeds: torch.Tensor) -> None:
     """Write a shard aside and move it into place. Raises `GalleryError` if the disk does not take it."""
-    part, old = path.with_suffix(".part"), path.with_suffix(".old")
+    part = path.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         write_stream(table, part / "rows.arrow")
         save_file({"embeds": embeds.contiguous()}, part / "embeds.safetensors")
-        if replace:
-            path.rename(old)
         part.rename(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise GalleryError(
             f"{path} cannot be written ({error}); what was indexed before is kept. Make room and run the same again."
         ) from error
-    if replace:
-        shutil.rmtree(old)
 
 
 def write_stream(table: pa.Table, path: Path) -> None:

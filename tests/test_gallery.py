@@ -3,6 +3,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import datasets
@@ -359,14 +360,43 @@ def test_a_full_disk_keeps_what_was_done(make, picture_folder, stage2, processor
     assert (report.added, report.unchanged) == (4, 2) and gallery.ids == NAMES
 
 
-def test_a_shard_whose_replacement_was_interrupted_is_restored(make):
+def test_what_a_process_left_that_died_over_a_shard_does_no_harm(make, picture_folder, stage2, processor):
     gallery = make(shard_size=3)
     shard = gallery.shards[0]
-    shard.rename(shard.with_suffix(".old"))
-    assert Gallery(gallery.folder).ids == NAMES
-    shutil.copytree(shard, shard.with_suffix(".old"))
-    shutil.copytree(shard, shard.with_suffix(".part"))
-    assert Gallery(gallery.folder).ids == NAMES and not shard.with_suffix(".old").exists()
+    for suffix in (".part", ".gone"):
+        shutil.copytree(shard, shard.with_suffix(suffix))
+        (shard.with_suffix(suffix) / "rows.arrow").unlink()
+    # Rewritten without its second row, but the old version was still there.
+    gallery.remove(["2.png"])
+    assert [path.name for path in gallery.shards] == ["000000-1", "000001"]
+    shutil.copytree(gallery.shards[1], shard)
+    again = Gallery(gallery.folder)
+    assert again.shards == gallery.shards and again.ids == [name for name in NAMES if name != "2.png"]
+    assert again.add(picture_folder, stage2, processor, progress=False).added == 1
+    assert sorted(path.name for path in (gallery.folder / "shards").iterdir()) == ["000000-1", "000001", "000002"]
+    again.remove(["0.png", "4.png"])
+    assert [path.name for path in again.shards] == ["000001", "000002"]
+
+
+def test_a_reader_follows_a_writer_that_rewrites_shards(make, picture_folder, stage2, processor):
+    gallery = make(shard_size=1)
+    stop, problems = threading.Event(), []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                assert len(Gallery(gallery.folder)) >= 5
+            except Exception as error:
+                problems.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(15):
+        noise(number).save(picture_folder / "0.png")
+        gallery.add(picture_folder, stage2, processor, progress=False)
+    stop.set()
+    reader.join()
+    assert not problems, problems[:3]
 
 
 def tscir(*arguments, **options):
