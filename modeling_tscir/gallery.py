@@ -192,7 +192,9 @@ class Gallery:
         shutil.copytree(
             self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", "*.part", "faiss.index")
         )
-        return Gallery(folder)
+        copy = Gallery(folder)
+        copy.drop_index()
+        return copy
 
     def add(self, images, model, processor, **options):
         """Embed new and changed pictures, forget those that are gone; see [`indexing.add_images`] for the options.
@@ -207,12 +209,13 @@ class Gallery:
 
     def remove(self, ids: Sequence[str]) -> None:
         """Forget pictures; their files are not touched. Raises `KeyError` with the ids that are not there."""
-        unknown = [i for i in ids if i not in self.row_of]
-        if unknown:
-            raise KeyError(f"{self.folder} holds no {', '.join(map(repr, unknown[:5]))} ({len(unknown)} unknown ids)")
         with self.locked():
+            unknown = [i for i in ids if i not in self.row_of]
+            if unknown:
+                raise KeyError(f"{self.folder} holds no {', '.join(map(repr, unknown[:5]))} ({len(unknown)} unknown)")
             self.forget(set(ids))
-        self.rebuild_index()
+            self.set_metadata()
+            self.rebuild_index()
 
     # ----- rows
 
@@ -600,7 +603,10 @@ class Gallery:
             logger.warning_once(f"{self.folder}: its index is older than its pictures; searching exactly")
             return None
         if self._index is None:
-            self._index = import_faiss().read_index(str(self.folder / "faiss.index"))
+            try:
+                self._index = import_faiss().read_index(str(self.folder / "faiss.index"))
+            except RuntimeError as error:
+                logger.warning_once(f"{self.folder}: its index cannot be read ({error}); searching exactly")
         return self._index
 
     def _search_index(self, index, queries: torch.Tensor, k: int, wanted: np.ndarray):
@@ -627,7 +633,7 @@ class Gallery:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second writer out. Raises `GalleryError` if there is one."""
+        """Keeps a second writer out, and begins with what the last one left. Raises `GalleryError` if there is one."""
         try:
             import fcntl
         except ImportError:  # Windows
@@ -642,6 +648,8 @@ class Gallery:
             for path in (self.folder / "shards").iterdir():
                 if path not in kept:  # left by a process that died
                     shutil.rmtree(path)
+            self.info = json.loads((self.folder / "gallery.json").read_text(encoding="utf-8"))
+            self.reload()
             yield
 
     def next_shard(self) -> int:

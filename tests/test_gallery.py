@@ -335,6 +335,27 @@ def test_parquet_there_and_back(make, picture_folder, tmp_path):
         Gallery.from_parquet(tmp_path / "g.parquet", tmp_path / "again")
 
 
+def test_two_writers_one_after_the_other_see_each_others_work(make):
+    first = make(shard_size=3)
+    second = Gallery(first.folder)
+    first.remove(["2.png"])
+    second.remove(["0.png"])
+    assert Gallery(first.folder).ids == second.ids == [n for n in NAMES if n not in ("0.png", "2.png")]
+    with pytest.raises(KeyError, match="0.png"):
+        first.remove(["0.png"])
+
+
+def test_an_index_that_is_lost_is_done_without(make, tmp_path):
+    pytest.importorskip("faiss")
+    gallery = make()
+    gallery.build_index("Flat")
+    query = torch.nn.functional.normalize(torch.ones(1, 24), dim=-1)
+    expected = [r["id"] for r in gallery.search(query)[0]]
+    assert [r["id"] for r in gallery.save(tmp_path / "copy").search(query)[0]] == expected
+    (gallery.folder / "faiss.index").unlink()
+    assert [r["id"] for r in Gallery(gallery.folder).search(query)[0]] == expected
+
+
 def test_one_writer_at_a_time(make, picture_folder, stage2, processor):
     gallery = make()
     with gallery.locked(), pytest.raises(GalleryError, match="written by another process"):
