@@ -1,8 +1,8 @@
 """The command line: `tscir index`, `tscir search`, `tscir info` and `tscir serve`."""
 
 import argparse
-import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -72,7 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
     search.add_argument("--top_k", "-k", type=int, default=10, help="how many results (10)")
     search.add_argument("--weight", type=float, default=0.0, help="-1 to 1: towards the picture or the text")
     search.add_argument(
-        "--where", action="append", default=[], metavar="CONDITION", help="on metadata: price<50, colour=red; all hold"
+        "--where",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="on metadata, such as price<50; all must hold",
     )
     search.add_argument("--exact", action="store_true", help="leave the gallery's FAISS index aside")
     search.add_argument("--json", action="store_true", help="results as JSON, and nothing else on stdout")
@@ -137,6 +141,8 @@ def run_index(args: argparse.Namespace) -> int:
     from .indexing import Processes
     from .milvus_gallery import MilvusGallery, is_milvus, open_gallery
 
+    if not args.folder.is_dir():
+        raise ValueError(f"{args.folder} is not a folder")
     processes = Processes()  # before the model, as it chooses each process's GPU
     there = is_milvus(args.output) or (Path(args.output) / "gallery.json").is_file()
     name = args.model or model_of(open_gallery(args.output) if there else None, None)
@@ -145,8 +151,8 @@ def run_index(args: argparse.Namespace) -> int:
     gallery = kind.open_or_create(args.output, cir.model, cir.processor, args.dtype)
     if args.index is not None and kind is MilvusGallery:
         raise ValueError("--index is for galleries in folders; Milvus keeps an index of its own")
-    if args.index == "none":
-        gallery.drop_index()
+    if args.index is not None and processes.main:
+        gallery.drop_index()  # another is built when the pictures are in
     if processes.main:
         gallery.remember(model=str(Path(name).resolve()) if Path(name).is_dir() else name)
     report = gallery.add(
@@ -174,14 +180,12 @@ def run_index(args: argparse.Namespace) -> int:
     return 1 if args.strict and report.unreadable else 0
 
 
-def parse_condition(text: str) -> tuple[str, tuple[str, object]]:
-    for operator in ("<=", ">=", "!=", "=", "<", ">"):
-        column, found, value = text.partition(operator)
-        if found:
-            with contextlib.suppress(ValueError):
-                value = float(value)
-            return column.strip(), (operator, value.strip() if isinstance(value, str) else value)
-    raise ValueError(f"--where {text!r}: write it as column=value, with one of = != < <= > >=")
+def parse_condition(text: str) -> tuple[str, str, str]:
+    """Column, operator and value of "price<=50", split at the first operator."""
+    found = re.fullmatch(r"(.*?)\s*(<=|>=|!=|==?|<|>)\s*(.*)", text, re.DOTALL)
+    if found is None or not found[1].strip():
+        raise ValueError(f"--where {text!r}: write it as column=value, with one of = != < <= > >=")
+    return found[1].strip(), found[2], found[3]
 
 
 def run_search(args: argparse.Namespace) -> int:
@@ -190,8 +194,9 @@ def run_search(args: argparse.Namespace) -> int:
     if not args.parts:
         raise ValueError("a query needs --image, --id or --text")
     conditions = [parse_condition(text) for text in args.where]
-    if len({column for column, _ in conditions}) < len(conditions):
-        raise ValueError("one --where for each column")
+    for path, known in ((args.html, (".html", ".htm")), (args.png, (".png", ".jpg", ".jpeg", ".webp"))):
+        if path is not None and (path.suffix.lower() not in known or not path.parent.is_dir()):
+            raise ValueError(f"{path}: name a file in a folder that is there, ending in {' or '.join(known)}")
     gallery = open_gallery(args.gallery)
     cir = load_pipeline(model_of(gallery, args.model))
     gallery.check(cir.model, cir.processor)
@@ -202,7 +207,7 @@ def run_search(args: argparse.Namespace) -> int:
         content.append(value if kind == "text" else {"image": gallery.source(value) if kind == "id" else value})
     queries = cir.embed(content=content, weight=args.weight)
     own = [value for kind, value in args.parts if kind == "id"]
-    (results,) = gallery.search(queries, args.top_k, dict(conditions) or None, exclude=own, exact=args.exact)
+    (results,) = gallery.search(queries, args.top_k, conditions, exclude=own, exact=args.exact)
     if args.json:
         print(json.dumps(results, indent=2, default=str))
     else:
@@ -225,7 +230,7 @@ def print_table(results: list[dict]) -> None:
     width = max((len(printable(r["id"])) for r in results), default=2)
     print(f"{'score':>6}  {'id':{width}}  more")
     for result in results:
-        more = [f"{key}={value}" for key, value in result["metadata"].items()]
+        more = [printable(f"{key}={value}") for key, value in result["metadata"].items() if value is not None]
         more += [f"same as {printable(name)}" for name in result["duplicates"]]
         print(f"{result['score']:6.3f}  {printable(result['id']):{width}}  {', '.join(more)}".rstrip())
     if not results:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageOps
 
 from .gallery import Gallery
-from .images import load_image
+from .images import thumbnail
 from .indexing import printable
 
 
@@ -24,22 +24,10 @@ img { width: 224px; height: 224px; object-fit: contain; background: #f2f2f2 }
 """
 
 
-def thumbnail(source) -> Image.Image | None:
-    """A picture of at most CELL pixels a side, None if it cannot be read."""
-    try:
-        image = load_image(source)
-    except ValueError:
-        return None
-    image.thumbnail((CELL, CELL))
-    return image
-
-
 def as_html_image(source) -> str:
-    image = thumbnail(source)
-    if image is None:
-        return "<p>(its file cannot be read any more)</p>"
+    """An <img> with the picture in it."""
     buffer = io.BytesIO()
-    image.save(buffer, "jpeg", quality=85)
+    thumbnail(source, CELL).save(buffer, "jpeg", quality=85)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
@@ -51,7 +39,7 @@ def write_html(path: Path, gallery: Gallery, content: Sequence, results: Sequenc
     )
     figures = []
     for result in results:
-        more = [f"{key}: {value}" for key, value in result["metadata"].items()]
+        more = [f"{key}: {value}" for key, value in result["metadata"].items() if value is not None]
         more += [f"same as {printable(name)}" for name in result["duplicates"]]
         lines = [f"{result['score']:.3f} {printable(result['id'])}", *more]
         caption = "<br>".join(html.escape(line) for line in lines)
@@ -73,25 +61,22 @@ def write_png(path: Path, gallery: Gallery, content: Sequence, results: Sequence
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
 
-    def place(number: int, top: int, image: Image.Image | None, lines: Sequence[str]) -> None:
+    def place(number: int, top: int, image: Image.Image, lines: Sequence[str]) -> None:
         left = margin + number * (CELL + margin)
-        if image is None:
-            draw.rectangle((left, top, left + CELL, top + CELL), outline="grey")
-        else:
-            sheet.paste(ImageOps.pad(image, (CELL, CELL), color="white"), (left, top))
+        sheet.paste(ImageOps.pad(image, (CELL, CELL), color="white"), (left, top))
         for row, line in enumerate(lines):
             draw.text((left, top + CELL + 2 + 16 * row), shortened(line, draw), fill="black", font_size=13)
 
     pictures = [part for part in content if not isinstance(part, str)][: columns - 1]
     for number, part in enumerate(pictures):
-        place(number, margin, thumbnail(part["image"]), ["query"])
+        place(number, margin, thumbnail(part["image"], CELL), ["query"])
     words = " ".join(part if isinstance(part, str) else "[picture]" for part in content)
     left = margin + len(pictures) * (CELL + margin)
     draw.multiline_text((left, margin + CELL // 3), wrapped(words, draw, width - left - margin), "black", font_size=18)
     for number, result in enumerate(results):
         top = margin + CELL + text_height + number // columns * (CELL + text_height + margin)
         lines = [f"{result['score']:.3f}", printable(result["id"])]
-        place(number % columns, top, thumbnail(gallery.source(result["id"])), lines)
+        place(number % columns, top, thumbnail(gallery.source(result["id"]), CELL), lines)
     sheet.save(path)
 
 
@@ -105,6 +90,7 @@ def shortened(text: str, draw: ImageDraw.ImageDraw) -> str:
 
 
 def wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
+    """The text in at most six lines of `width` pixels."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -14,51 +14,41 @@ so that a gallery is valid after any interruption. Where two rows have one id th
 import contextlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+from . import gallery_index as faiss_index
 from .backbone import backbone_fingerprint
 from .feature_cache import MADE_BY, digest, preprocessing_of
 from .images import load_image
+from .metadata import Where, conditions_of, kinds_of, matching, merged, tidy, to_arrow, values_of
+from .shards import (
+    SCHEMA,
+    GalleryError,
+    clear_leavings,
+    newest_shards,
+    place_of,
+    read_shard,
+    read_stream,
+    rewrite_shard,
+    write_json,
+    write_shard,
+    write_stream,
+)
 
 
 logger = logging.get_logger(__name__)
 FORMAT = 1
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "path": pa.binary(),  # a file's name need not be text
-        "size": pa.int64(),
-        "mtime_ns": pa.int64(),
-        "content": pa.string(),
-        "picture": pa.large_binary(),  # encoded, where there is no file to go back to
-    }
-)
-OPERATORS = {
-    "=": lambda column, value: column == value,
-    "!=": lambda column, value: column.notna() & (column != value),
-    "<": lambda column, value: column < value,
-    "<=": lambda column, value: column <= value,
-    ">": lambda column, value: column > value,
-    ">=": lambda column, value: column >= value,
-    "in": lambda column, values: column.isin(list(values)),
-}
-QUERIES_AT_A_TIME = 64
-Where = Mapping[str, object]
-
-
-class GalleryError(ValueError):
-    """A gallery cannot be read, written or used with this model; the message says what to do."""
+QUERIES_AT_A_TIME, ROWS_AT_A_TIME = 64, 65_536
 
 
 def fingerprint_of(model, processor) -> dict[str, str]:
@@ -93,12 +83,14 @@ class Gallery:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = Path(os.path.abspath(folder))
+        self._locks = 0
         path = self.folder / "gallery.json"
         try:
             self.info: dict = json.loads(path.read_text(encoding="utf-8"))
             if self.info["format"] != FORMAT:
                 raise GalleryError(f"{path} has format {self.info['format']}; this package reads {FORMAT}")
+            self.info["fingerprint"], self.info["dimensions"], DTYPES[self.info["dtype"]]
         except FileNotFoundError as error:
             remedy = f"make one with: tscir index PHOTOS --output {folder}"
             raise GalleryError(f"{folder} holds no gallery; {remedy}") from error
@@ -146,12 +138,15 @@ class Gallery:
 
         Interrupted, it goes on from the last whole shard when called again. Options are those of [`~Gallery.add`].
         """
+        if not os.path.isdir(images):
+            raise GalleryError(f"{images} is not a folder")
         gallery = cls.open_or_create(folder, model, processor, dtype)
         gallery.add(images, model, processor, **options)
         return gallery
 
     @classmethod
     def open_or_create(cls, folder: str | os.PathLike, model, processor, dtype: str = "float16") -> "Gallery":
+        """The gallery in `folder`, checked against the model, or an empty one."""
         from .indexing import Processes
 
         def create_if_missing() -> None:
@@ -189,9 +184,8 @@ class Gallery:
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
             raise GalleryError(f"{folder} is not empty; name a new folder")
-        shutil.copytree(
-            self.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock", "*.part", "faiss.index")
-        )
+        unneeded = shutil.ignore_patterns(".lock", "*.part", "*.gone", "faiss-*")
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=unneeded)
         copy = Gallery(folder)
         copy.drop_index()
         return copy
@@ -208,7 +202,11 @@ class Gallery:
         return add_images(self, images, model, processor, **options)
 
     def remove(self, ids: Sequence[str]) -> None:
-        """Forget pictures; their files are not touched. Raises `KeyError` with the ids that are not there."""
+        """Forget pictures; their files are not touched, and indexing their folder again brings them back.
+
+        Raises:
+            KeyError: with the ids that are not there.
+        """
         with self.locked():
             unknown = [i for i in ids if i not in self.row_of]
             if unknown:
@@ -222,7 +220,7 @@ class Gallery:
     def reload(self) -> None:
         """Read what the folder holds now."""
         for attempt in range(5):
-            self.shards = self._newest_shards()
+            self.shards = newest_shards(self.folder / "shards")
             try:
                 read = [read_shard(path) for path in self.shards]
                 break
@@ -233,7 +231,7 @@ class Gallery:
         tables, self.embeds = [table for table, _ in read], [embeds for _, embeds in read]
         for path, (table, embeds) in zip(self.shards, read, strict=True):
             if embeds.shape != (len(table), self.info["dimensions"]):
-                raise GalleryError(f"{path}: {len(table)} rows, but embeddings {tuple(embeds.shape)}; {REMEDY}")
+                raise GalleryError(f"{path} has {len(table)} rows, but embeddings {tuple(embeds.shape)}; remove it")
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         ids = self.table["id"].to_pylist()
         self.row_of = {name: row for row, name in enumerate(ids)}  # of equal ids the last
@@ -251,9 +249,9 @@ class Gallery:
     def __str__(self) -> str:
         return str(self.folder)
 
-    def known(self) -> dict[str, tuple[bytes | None, int, int]]:
-        """Path, size in bytes and time of change in nanoseconds of each id's file."""
-        columns = (self.table[name].to_pylist() for name in ("path", "size", "mtime_ns"))
+    def known(self) -> dict[str, tuple[bytes | None, int, int, str]]:
+        """Path, size in bytes, time of change in nanoseconds and content of each id's file."""
+        columns = (self.table[name].to_pylist() for name in ("path", "size", "mtime_ns", "content"))
         rows = list(zip(*columns, strict=True))
         return {name: rows[row] for name, row in self.row_of.items()}
 
@@ -263,36 +261,29 @@ class Gallery:
     @property
     def ids(self) -> list[str]:
         """Ids of the pictures, in the gallery's order."""
-        names = self.table["id"]
-        return [names[row].as_py() for row in np.flatnonzero(self.live)]
+        return self.table["id"].take(np.flatnonzero(self.live)).to_pylist()
 
     @property
-    def metadata(self):
-        """Further columns, a `pandas.DataFrame` by id; without columns where the gallery has none."""
-        import pandas as pd
-
+    def metadata(self) -> pd.DataFrame:
+        """Further columns by id; without columns where the gallery has none."""
         if self._metadata is None:
             path = self.folder / "metadata.arrow"
-            if path.is_file():
-                with pa.memory_map(str(path)) as source:
-                    self._metadata = pa.ipc.open_stream(source).read_all().to_pandas().set_index("id")
-            else:
+            try:
+                frame = read_stream(path).to_pandas().set_index("id")
+                self._metadata = tidy(frame, str(path))
+            except FileNotFoundError:
                 self._metadata = pd.DataFrame(index=pd.Index([], name="id"))
+            except (OSError, KeyError, pa.ArrowInvalid) as error:
+                raise GalleryError(f"{path} cannot be read ({error}); remove it and index again") from error
         return self._metadata
 
-    def set_metadata(self, frame=None) -> None:
-        """Replace the metadata of the ids in `frame` (a `pandas.DataFrame` by id); keep that of other pictures."""
-        import pandas as pd
-
-        merged = self.metadata
-        if frame is not None:
-            kept = merged[~merged.index.isin(frame.index)]
-            merged = pd.concat([kept, frame]) if len(kept) else frame
-        merged = merged[merged.index.isin(self.row_of.keys())]
-        if not len(merged.columns):
-            return
-        table = pa.Table.from_pandas(merged.rename_axis("id").reset_index(), preserve_index=False)
-        write_stream(table, self.folder / "metadata.arrow")
+    def set_metadata(self, frame: pd.DataFrame | None = None, replaced: set[str] = frozenset()) -> None:
+        """Put `frame`'s rows, by id, in place of those of its ids and of `replaced`; keep that of other pictures."""
+        new = self.metadata if frame is None else merged(self.metadata, frame, replaced)
+        new = new[new.index.isin(self.row_of.keys())]
+        if len(new.columns):
+            table = to_arrow(new).add_column(0, "id", pa.array(new.index, pa.string()))
+            write_stream(table, self.folder / "metadata.arrow")
         self._metadata = None
 
     def dataset(self):
@@ -300,41 +291,39 @@ class Gallery:
         import datasets
 
         rows = np.flatnonzero(self.live)
-        columns = {
-            "id": self.ids,
-            "path": [self.path(row) for row in rows],
-            "content": self.table["content"].take(rows).to_pylist(),
-        }
-        metadata = self.metadata.reindex(columns["id"]).to_dict("list")
-        table = pa.table(columns | metadata)
-        embeds = self.vectors(rows).float().numpy()
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeds.reshape(-1)), self.info["dimensions"])
-        return datasets.Dataset(table.append_column("embedding", vectors))
+        paths = pa.array([self.path(row) for row in rows], pa.string())
+        table = self.table.select(["id", "content"]).take(rows).append_column("path", paths)
+        return datasets.Dataset(self._with_more(table, self.vectors(rows)))
+
+    def _with_more(self, table: pa.Table, embeds: torch.Tensor) -> pa.Table:
+        """`table` and its pictures' metadata and embeddings [n, D], in fp32."""
+        more = to_arrow(self.metadata, table["id"].to_pylist())
+        for name in more.column_names:
+            table = table.append_column(name, more[name])
+        values = pa.array(embeds.float().numpy().reshape(-1))
+        return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, embeds.shape[1]))
 
     def to_parquet(self, path: str | os.PathLike) -> None:
         """Write everything to one Parquet file that other engines read, a shard at a time: id, path, size, mtime_ns,
-        content, picture, the metadata's columns, and "embedding", a list of fp32 numbers of length 1."""
+        content, picture, the metadata's columns, and "embedding", a list of fp32 numbers of length 1.
+
+        Raises:
+            GalleryError: if the gallery is empty.
+        """
         import pyarrow.parquet as pq
 
-        part = Path(f"{path}.part")
-        writer, start = None, 0
-        kept = {k: self.info[k] for k in ("fingerprint", "dimensions", "dtype", "backbone", "model") if k in self.info}
-        for embeds in self.embeds:
-            rows = np.flatnonzero(self.live[start : start + len(embeds)])
-            table = self.table.slice(start, len(embeds)).take(rows)
-            more = pa.Table.from_pandas(self.metadata.reindex(table["id"].to_pylist()), preserve_index=False)
-            for name in more.column_names:
-                table = table.append_column(name, more[name])
-            values = pa.array(embeds[torch.from_numpy(rows)].float().numpy().reshape(-1))
-            table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, embeds.shape[1]))
-            if writer is None:
-                schema = table.schema.with_metadata({"tscir": json.dumps(kept)})
-                writer = pq.ParquetWriter(part, schema)
-            writer.write_table(table.cast(schema))
-            start += len(embeds)
-        if writer is None:
+        if not len(self):
             raise GalleryError(f"{self.folder} is empty")
-        writer.close()
+        part = Path(f"{path}.part")
+        kept = {k: self.info[k] for k in ("fingerprint", "dimensions", "dtype", "backbone", "model") if k in self.info}
+        empty = self._with_more(SCHEMA.empty_table(), torch.empty(0, self.info["dimensions"]))
+        start = 0
+        with pq.ParquetWriter(part, empty.schema.with_metadata({"tscir": json.dumps(kept)})) as writer:
+            for embeds in self.embeds:
+                rows = np.flatnonzero(self.live[start : start + len(embeds)])
+                table = self.table.slice(start, len(embeds)).take(rows)
+                writer.write_table(self._with_more(table, embeds[torch.from_numpy(rows)]).cast(writer.schema))
+                start += len(embeds)
         os.replace(part, path)
 
     @classmethod
@@ -366,7 +355,7 @@ class Gallery:
         gallery = cls(folder)
         others = [name for name in file.schema_arrow.names if name not in (*SCHEMA.names, "embedding")]
         if others:
-            gallery.set_metadata(file.read(["id", *others]).to_pandas().set_index("id"))
+            gallery.set_metadata(tidy(file.read(["id", *others]).to_pandas().set_index("id"), str(path)))
         return gallery
 
     def vectors(self, rows: np.ndarray) -> torch.Tensor:
@@ -380,6 +369,7 @@ class Gallery:
         return out
 
     def path(self, row: int) -> str | None:
+        """The file of a row, None for a dataset's."""
         stored = self.table["path"][int(row)].as_py()
         return None if stored is None else os.fsdecode(stored)
 
@@ -394,21 +384,24 @@ class Gallery:
         return self.table["picture"][row].as_py() if path is None else path
 
     def set_unreadable(self, unreadable: list[dict[str, str]]) -> None:
+        """Keep what the last indexing could not use."""
         write_json(self.folder / "unreadable.json", unreadable)
 
     @property
     def unreadable(self) -> list[dict[str, str]]:
         """{"id", "reason"} of what the last indexing could not use."""
         path = self.folder / "unreadable.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        except ValueError as error:
+            raise GalleryError(f"{path} cannot be read ({error}); remove it and index again") from error
 
     def duplicates(self) -> list[list[str]]:
         """Groups of ids whose files have the same bytes."""
         rows = np.flatnonzero(self.live)
         order = rows[np.argsort(self.content[rows], kind="stable")]
         groups = np.split(order, np.flatnonzero(np.diff(self.content[order])) + 1) if len(order) else []
-        names = self.table["id"]
-        return [[names[int(row)].as_py() for row in group] for group in groups if len(group) > 1]
+        return [self.table["id"].take(group).to_pylist() for group in groups if len(group) > 1]
 
     # ----- search
 
@@ -425,8 +418,9 @@ class Gallery:
         Args:
             queries (`torch.Tensor` [Q, D]): L2-normalised embeddings, as `TSCIRModel.get_composed_features` gives.
             top_k (`int`): how many.
-            where: conditions on metadata columns, all of which must hold: {column: value}, {column: [value, ...]} or
-                {column: (operator, value)} with =, !=, <, <=, >, >=. A picture without a value meets none.
+            where: conditions on metadata columns, all of which must hold: {column: value}, {column: [value, ...]},
+                {column: (operator, value)} or [(column, operator, value), ...] with =, !=, <, <=, >, >=, "in" and
+                "not in". A picture without a value meets none.
             exclude: ids that are not wanted, such as the reference's own; pictures of the same bytes go with them.
             exact (`bool`): leave a FAISS index aside.
 
@@ -437,228 +431,204 @@ class Gallery:
         Raises:
             ValueError: for queries of another size or that are not finite, and for unknown columns and operators.
         """
-        if queries.ndim != 2 or queries.shape[1] != self.info["dimensions"]:
-            raise ValueError(f"queries are {tuple(queries.shape)}; this gallery wants [Q, {self.info['dimensions']}]")
-        if top_k < 1 or not torch.isfinite(queries).all():
-            raise ValueError("top_k must be at least 1, and queries hold no NaN or infinite values")
+        check_search(queries, top_k, exclude, self.info["dimensions"])
         first, others = self._wanted(where)
         hidden = [self.content[self.row_of[name]] for name in exclude if name in self.row_of]
         if hidden:
             first = first & ~np.isin(self.content, hidden)
         queries = queries.float().cpu()
         index = None if exact or where else self._faiss()
+        k = min(top_k, int(first.sum()))
         if index is None:
-            scores, rows = self._search_exactly(queries, min(top_k, int(first.sum())), first)
+            scores, rows = self._search_exactly(queries, k, first)
         else:
-            scores, rows = self._search_index(index, queries, top_k, first)
-        names, columns = self.table["id"], self.metadata
-        results = []
-        for row_scores, found in zip(scores.tolist(), rows.tolist(), strict=True):
-            results.append([])
-            for score, row in zip(row_scores, found, strict=True):
-                if row < 0 or score == -np.inf:
-                    continue
-                name = names[row].as_py()
-                more = columns.loc[name].to_dict() if name in columns.index else {}
-                same = others.get(int(self.content[row]), [])
-                results[-1].append(
-                    {
-                        "score": score,
-                        "id": name,
-                        "path": self.path(row),
-                        "duplicates": [names[int(r)].as_py() for r in same if r != row],
-                        "metadata": more,
-                    }
-                )
-        return results
+            scores, rows = self._search_index(index, queries, k, first)
+        return [
+            [self._result(score, row, others) for score, row in zip(*found, strict=True) if row >= 0]
+            for found in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
 
-    def _wanted(self, where: Where | None) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    def _result(self, score: float, row: int, others: dict[int, list[int]]) -> dict:
+        name = self.table["id"][row].as_py()
+        same = [other for other in others.get(int(self.content[row]), []) if other != row]
+        return {
+            "score": score,
+            "id": name,
+            "path": self.path(row),
+            "duplicates": self.table["id"].take(same).to_pylist() if same else [],
+            "metadata": values_of(self.metadata, name),
+        }
+
+    def _wanted(self, where: Where | None) -> tuple[np.ndarray, dict[int, list[int]]]:
         """Which rows take part, the first of each content, and all rows of those contents that several have."""
         if not where and self._everything is not None:
             return self._everything
         allowed = self.live
         if where:
+            conditions = conditions_of(where, kinds_of(self.metadata), str(self))
+            found = [self.row_of[name] for name in matching(self.metadata, conditions) if name in self.row_of]
             allowed = np.zeros(len(self.live), dtype=bool)
-            allowed[[self.row_of[name] for name in self._matching(where)]] = True
+            allowed[found] = True
         rows = np.flatnonzero(allowed)
         _, firsts, counts = np.unique(self.content[rows], return_index=True, return_counts=True)
         first = np.zeros(len(allowed), dtype=bool)
         first[rows[firsts]] = True
-        several = set(self.content[rows[firsts[counts > 1]]].tolist())
-        others = {}
-        for row in rows[np.isin(self.content[rows], list(several))] if several else []:
-            others.setdefault(int(self.content[row]), []).append(row)
+        several = self.content[rows[firsts[counts > 1]]]
+        others: dict[int, list[int]] = {}
+        for row in rows[np.isin(self.content[rows], several)]:
+            others.setdefault(int(self.content[row]), []).append(int(row))
         if not where:
             self._everything = first, others
         return first, others
 
-    def _matching(self, where: Where) -> list[str]:
-        columns = self.metadata
-        chosen = np.ones(len(columns), dtype=bool)
-        for column, condition in where.items():
-            if column not in columns.columns:
-                known = ", ".join(columns.columns) or "none"
-                raise ValueError(f"no column {column!r} in {self.folder}; it has {known}")
-            operator, value = condition if isinstance(condition, tuple) and len(condition) == 2 else ("=", condition)
-            if isinstance(value, (list, set)):
-                operator = "in"
-            if operator not in OPERATORS:
-                raise ValueError(f"unknown operator {operator!r}; known are {' '.join(OPERATORS)}")
-            try:
-                chosen &= OPERATORS[operator](columns[column], value).fillna(False).to_numpy(dtype=bool)
-            except TypeError as error:
-                raise ValueError(f"column {column!r} cannot be compared with {value!r}: {error}") from error
-        return [name for name in columns.index[chosen] if name in self.row_of]
-
     def _search_exactly(self, queries: torch.Tensor, k: int, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and rows [Q, k]; shard by shard, so that memory holds one shard in fp32 beside the best so far."""
-        found = [
-            self._best_of_shards(queries[start : start + QUERIES_AT_A_TIME], k, wanted)
-            for start in range(0, len(queries), QUERIES_AT_A_TIME)
-        ]
-        if not found or k == 0:
+        """Scores and rows [Q, k]. Memory holds the scores of some ten thousand rows beside the best so far."""
+        if k == 0 or not len(queries):
             return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+        found = [self._best_rows(part, k, wanted) for part in queries.split(QUERIES_AT_A_TIME)]
         scores, rows = zip(*found, strict=True)
         return torch.cat(scores), torch.cat(rows)
 
-    def _best_of_shards(self, queries: torch.Tensor, k: int, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    def _best_rows(self, queries: torch.Tensor, k: int, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = None if wanted.all() else torch.from_numpy(~wanted)
-        scores = torch.empty(len(queries), len(wanted))
-        start = 0
-        for embeds in self.embeds:
-            end = start + len(embeds)
-            scores[:, start:end] = queries @ embeds.float().T
-            start = end
-        if hidden is not None:
-            scores.masked_fill_(hidden, -torch.inf)
-        return best(scores, k)
+        scores, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+        block: list[torch.Tensor] = []
+        start = end = 0
+        for number, embeds in enumerate(self.embeds):
+            block.append(queries @ embeds.float().T)
+            end += len(embeds)
+            if end - start < ROWS_AT_A_TIME and number < len(self.embeds) - 1:
+                continue
+            new = torch.cat(block, dim=1)
+            if hidden is not None:
+                new.masked_fill_(hidden[start:end], -torch.inf)
+            new, columns = best(new, min(k, end - start))
+            rows = torch.cat([rows, columns + start], dim=1)
+            scores, places = best(torch.cat([scores, new], dim=1), min(k, rows.shape[1]))
+            rows = rows.gather(1, places)
+            block, start = [], end
+        return scores, rows
 
     # ----- FAISS
 
-    def build_index(self, factory: str, num_queries: int = 256, k: int = 10) -> dict:
+    def build_index(self, factory: str, num_queries: int = 256) -> dict:
         """Build a FAISS index by its factory string ("IVF4096,PQ64", "HNSW32", ...) and measure it.
 
         Returns:
-            {"factory", "rows", "recall_at_10", "queries"}: the share of the exact ten best that the index finds, for
-            queries halfway between two pictures, as composed queries lie. It is also kept in gallery.json.
+            {"factory", "recall_at_10", "queries", ...}, kept in gallery.json: the share of the exact ten best that the
+            index finds, for queries halfway between two pictures, as composed queries lie.
 
         Raises:
             GalleryError: if FAISS is not installed, does not know the string, or has too few pictures to train it.
         """
-        faiss = import_faiss()
-        size = self.info["dimensions"]
-        try:
-            index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise GalleryError(f"FAISS does not understand {factory!r} for {size} dimensions: {error}") from error
-        rng = np.random.default_rng(0)
-        rows = np.flatnonzero(self.live)
-        if not len(rows):
-            raise GalleryError(f"{self.folder} is empty; index some pictures first")
-        if not index.is_trained:
-            sample = np.sort(rng.choice(rows, min(len(rows), 200_000), replace=False))
-            try:
-                index.train(self.vectors(sample).float().numpy())
-            except RuntimeError as error:
-                raise GalleryError(
-                    f"{len(rows)} pictures do not train a {factory} index ({str(error).splitlines()[-1]}); choose "
-                    "fewer cells, or leave the index out: exact search is fast up to millions"
-                ) from error
-        for embeds in self.embeds:
-            index.add(embeds.float().numpy())  # dead rows, too, so that FAISS numbers them as we do
-        pairs = rng.choice(rows, (num_queries, 2))
-        queries = torch.nn.functional.normalize(
-            self.vectors(pairs[:, 0]).float() + self.vectors(pairs[:, 1]).float(), dim=-1
-        )
-        wanted = self._wanted(None)[0]
-        k = min(k, int(wanted.sum()))
-        _, exact = self._search_exactly(queries, k, wanted)
-        self.info["index"] = {"factory": factory, "rows": len(self.live), "shards": [p.name for p in self.shards]}
-        _, found = self._search_index(index, queries, k, wanted)
-        hits = [len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
-        self.info["index"] |= {"recall_at_10": float(np.mean(hits)), "queries": num_queries}
-        part = self.folder / "faiss.part"
-        faiss.write_index(index, str(part))
-        os.replace(part, self.folder / "faiss.index")
-        write_json(self.folder / "gallery.json", self.info)
-        self._index = index
+        with self.locked():
+            rng = np.random.default_rng(0)
+            rows = np.flatnonzero(self.live)
+            if not len(rows):
+                raise GalleryError(f"{self.folder} is empty; index some pictures first")
+            sample = np.sort(rng.choice(rows, min(len(rows), faiss_index.TRAINING_ROWS), replace=False))
+            # Over dead rows, too, so that FAISS numbers rows as we do.
+            index = faiss_index.build(factory, self.embeds, self.vectors(sample).float().numpy())
+            pairs = rng.choice(rows, (num_queries, 2))
+            between = self.vectors(pairs[:, 0]).float() + self.vectors(pairs[:, 1]).float()
+            queries = torch.nn.functional.normalize(between, dim=-1)
+            wanted = self._wanted(None)[0]
+            k = min(10, int(wanted.sum()))
+            _, exact = self._search_exactly(queries, k, wanted)
+            _, found = self._search_index(index, queries, k, wanted)
+            hits = [len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
+            # A name of its own, so that a process which opened the gallery earlier never reads another's index.
+            old, token = self.info.get("index"), uuid.uuid4().hex
+            faiss_index.write(index, self.folder / f"faiss-{token}.index")
+            built = {"factory": factory, "recall_at_10": float(np.mean(hits)), "queries": num_queries}
+            self.remember(index=built | {"token": token, "shards": self._shard_sizes()})
+            if old is not None:
+                (self.folder / f"faiss-{old['token']}.index").unlink(missing_ok=True)
+            self._index = index
         return self.info["index"]
+
+    def _shard_sizes(self) -> dict[str, int]:
+        return {path.name: len(embeds) for path, embeds in zip(self.shards, self.embeds, strict=True)}
 
     def drop_index(self) -> None:
         """Search exactly from now on."""
-        if self.info.pop("index", None) is not None:
-            write_json(self.folder / "gallery.json", self.info)
-            (self.folder / "faiss.index").unlink(missing_ok=True)
+        with self.locked():
+            old = self.info.pop("index", None)
+            self.remember()
+            if old is not None:
+                (self.folder / f"faiss-{old['token']}.index").unlink(missing_ok=True)
 
     def rebuild_index(self) -> None:
-        """Build the index anew, if there is one, after pictures came or went."""
-        if "index" in self.info:
+        """Build the index anew, if there is one, after pictures came or went; drop one that cannot be built."""
+        if "index" not in self.info:
+            return
+        try:
             self.build_index(self.info["index"]["factory"])
+        except GalleryError as error:
+            logger.warning(f"{self.folder}: its index is dropped, and search is exact: {error}")
+            self.drop_index()
 
     def _faiss(self):
+        """The index, if it is of these very rows and can be read."""
         if "index" not in self.info:
-            return None
-        known = self.info["index"]["shards"], self.info["index"]["rows"]
-        if known != ([path.name for path in self.shards], len(self.live)):
-            logger.warning_once(f"{self.folder}: its index is older than its pictures; searching exactly")
             return None
         if self._index is None:
             try:
-                self._index = import_faiss().read_index(str(self.folder / "faiss.index"))
-            except RuntimeError as error:
-                logger.warning_once(f"{self.folder}: its index cannot be read ({error}); searching exactly")
+                if self.info["index"]["shards"] != self._shard_sizes():
+                    raise RuntimeError("it is older or newer than the pictures")
+                self._index = faiss_index.read(self.folder / f"faiss-{self.info['index']['token']}.index")
+            except (RuntimeError, GalleryError) as error:
+                reason = str(error).strip().splitlines()[-1]
+                logger.warning_once(f"{self.folder}: its index cannot be used, searching exactly ({reason})")
         return self._index
 
     def _search_index(self, index, queries: torch.Tensor, k: int, wanted: np.ndarray):
-        """As `_search_exactly`; asks for more where rows that do not take part were among the best."""
-        faiss = import_faiss()
-        with contextlib.suppress(RuntimeError):  # an index without cells has nothing to probe
-            cells = faiss.extract_index_ivf(index)
-            cells.nprobe = min(cells.nlist, max(8, cells.nlist // 32))
-        asked = min(len(wanted), k if wanted.all() else 4 * k + 100)
-        scores, rows = index.search(queries.numpy(), asked)
-        unwanted = (rows < 0) | ~wanted[rows]
-        scores = torch.from_numpy(np.where(unwanted, -np.inf, scores))
-        scores, places = best(scores, min(k, scores.shape[1]))
-        rows = torch.from_numpy(rows).gather(1, places)
-        # The index's own scores are of compressed vectors.
-        exact = torch.einsum(
-            "qkd,qd->qk", self.vectors(rows.clamp(min=0).reshape(-1).numpy()).float().view(*rows.shape, -1), queries
-        )
-        exact.masked_fill_(scores == -torch.inf, -torch.inf)
-        order = exact.argsort(dim=1, descending=True, stable=True)
-        return exact.gather(1, order), rows.gather(1, order)
+        """As `_search_exactly`, among what the index finds; row -1 where that is fewer than k."""
+        scores = torch.full((len(queries), k), -torch.inf)
+        rows = torch.full((len(queries), k), -1, dtype=torch.long)
+        for number, found in enumerate(faiss_index.candidates(index, queries, k, wanted) if k else []):
+            # The index's own scores may be of compressed vectors.
+            found = torch.from_numpy(np.sort(found))
+            exact = self.vectors(found.numpy()).float() @ queries[number]
+            order = exact.argsort(descending=True, stable=True)
+            scores[number, : len(found)], rows[number, : len(found)] = exact[order], found[order]
+        return scores, rows
 
     # ----- writing
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second writer out, and begins with what the last one left. Raises `GalleryError` if there is one."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
+        if self._locks:  # by this one already
             yield
             return
         with open(self.folder / ".lock", "w", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise GalleryError(f"{self.folder} is being written by another process; wait for it to end") from error
-            kept = set(self._newest_shards())
-            for path in (self.folder / "shards").iterdir():
-                if path not in kept:  # left by a process that died
-                    shutil.rmtree(path)
+            with contextlib.suppress(ImportError):  # Windows has no fcntl
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    problem = f"{self.folder} is being written by another process; wait for it to end"
+                    raise GalleryError(problem) from error
+            clear_leavings(self.folder / "shards")
             self.info = json.loads((self.folder / "gallery.json").read_text(encoding="utf-8"))
             self.reload()
-            yield
+            self._locks += 1
+            try:
+                yield
+            finally:
+                self._locks -= 1
 
     def next_shard(self) -> int:
-        return 1 + max((place_of(path)[0] for path in self.shards), default=-1)
+        """A number that no shard has or had."""
+        return 1 + max([self.info.get("last_shard", -1), *(place_of(path)[0] for path in self.shards)])
 
     def remember(self, **entries) -> None:
         """Keep further entries in `info`."""
-        self.info |= entries
-        write_json(self.folder / "gallery.json", self.info)
+        with self.locked():
+            self.info |= entries
+            write_json(self.folder / "gallery.json", self.info)
 
     def write_rows(self, number: int, rows: list[dict], embeds: torch.Tensor) -> None:
         """Keep a shard of rows, read back by `reload`. Raises `GalleryError` if the disk does not take it."""
@@ -668,34 +638,45 @@ class Gallery:
         """Rewrite the shards that hold dead rows, or rows of `ids`, without them."""
         if not ids and self.live.all():
             return
+        self.remember(last_shard=self.next_shard() - 1)
         for name in ids:
             self.live[self.row_of[name]] = False
         start = 0
         for path, embeds in zip(self.shards, self.embeds, strict=True):
-            end = start + len(embeds)
-            live = self.live[start:end]
+            live = self.live[start : start + len(embeds)]
             if not live.all():
                 rows = np.flatnonzero(live)
-                number, version = place_of(path)
-                if len(rows):
-                    table = self.table.slice(start, len(embeds)).take(rows)
-                    newer = path.with_name(f"{number:06d}-{version + 1}")
-                    write_shard(newer, table, embeds[torch.from_numpy(rows)])
-                discard(path)
-            start = end
+                table = self.table.slice(start, len(embeds)).take(rows)
+                rewrite_shard(path, table, embeds[torch.from_numpy(rows)])
+            start += len(embeds)
         self.reload()
 
-    def _newest_shards(self) -> list[Path]:
-        """The newest version of each shard, in order."""
-        newest: dict[int, Path] = {}
-        found = [path for path in (self.folder / "shards").iterdir() if SHARD_NAME.fullmatch(path.name)]
-        for path in sorted(found, key=place_of):
-            newest[place_of(path)[0]] = path
-        return list(newest.values())
+    def set_paths(self, paths: dict[str, bytes]) -> None:
+        """Where pictures, by their ids, lie now."""
+        rows = {self.row_of[name]: path for name, path in paths.items()}
+        start = 0
+        for shard, embeds in zip(self.shards, self.embeds, strict=True):
+            places = range(start, start + len(embeds))
+            if any(row in rows for row in places):
+                table = self.table.slice(start, len(embeds)).combine_chunks()
+                old = table["path"].to_pylist()
+                new = pa.array([rows.get(row, path) for row, path in zip(places, old, strict=True)], pa.binary())
+                place = SCHEMA.get_field_index("path")
+                rewrite_shard(shard, table.set_column(place, SCHEMA.field("path"), new), embeds)
+            start += len(embeds)
+        self.reload()
 
 
-SHARD_NAME = re.compile(r"(\d{6,})(?:-(\d+))?")
-REMEDY = "index the pictures again into another folder, or remove this shard's folder and index again"
+def check_search(queries: torch.Tensor, top_k: int, exclude: Sequence[str], dimensions: int) -> None:
+    """Raise `ValueError` for arguments that cannot be searched with."""
+    if queries.ndim != 2 or queries.shape[1] != dimensions:
+        raise ValueError(f"queries are {tuple(queries.shape)}; this gallery wants [Q, {dimensions}]")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k is a whole number of at least 1, not {top_k!r}")
+    if isinstance(exclude, str):
+        raise ValueError("exclude is a list of ids, not one id")
+    if not torch.isfinite(queries).all():
+        raise ValueError("queries hold NaN or infinite values")
 
 
 def best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -712,66 +693,3 @@ def best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     values, columns = values.gather(1, by_column), columns.gather(1, by_column)
     order = values.argsort(dim=1, descending=True, stable=True)
     return values.gather(1, order), columns.gather(1, order)
-
-
-def import_faiss():
-    try:
-        import faiss
-    except ImportError as error:
-        raise GalleryError("this needs FAISS: pip install 'tscir[faiss]'") from error
-    return faiss
-
-
-def place_of(shard: Path) -> tuple[int, int]:
-    """A shard's number, and how often it was rewritten."""
-    number, version = SHARD_NAME.fullmatch(shard.name).groups(default="0")
-    return int(number), int(version)
-
-
-def discard(shard: Path) -> None:
-    """Remove a shard; a process that dies over it leaves no half of one under its name."""
-    aside = shard.with_suffix(".gone")
-    shard.rename(aside)
-    shutil.rmtree(aside)
-
-
-def read_shard(path: Path) -> tuple[pa.Table, torch.Tensor]:
-    """Rows and embeddings [n, D] of a shard, both mapped from disk rather than read."""
-    try:
-        with pa.memory_map(str(path / "rows.arrow")) as source:
-            table = pa.ipc.open_stream(source).read_all()
-        if table.schema != SCHEMA:
-            raise GalleryError(f"{path / 'rows.arrow'} has columns {table.schema.names}; {REMEDY}")
-        return table, load_file(path / "embeds.safetensors")["embeds"]
-    except (OSError, KeyError, pa.ArrowInvalid, SafetensorError) as error:
-        raise GalleryError(f"{path} cannot be read ({error}); {REMEDY}") from error
-
-
-def write_shard(path: Path, table: pa.Table, embeds: torch.Tensor) -> None:
-    """Write a shard aside and move it into place. Raises `GalleryError` if the disk does not take it."""
-    part = path.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        write_stream(table, part / "rows.arrow")
-        save_file({"embeds": embeds.contiguous()}, part / "embeds.safetensors")
-        part.rename(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise GalleryError(
-            f"{path} cannot be written ({error}); what was indexed before is kept. Make room and run the same again."
-        ) from error
-
-
-def write_stream(table: pa.Table, path: Path) -> None:
-    """An Arrow stream, as `datasets.Dataset.from_file` reads it; never half a file under its name."""
-    part = path.with_name(path.name + ".part")
-    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    os.replace(part, path)
-
-
-def write_json(path: Path, content) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=True), encoding="utf-8")
-    os.replace(part, path)

@@ -82,6 +82,8 @@ def _open(source: ImageSource) -> Image.Image:
         raise ValueError("no picture given")
     if is_url(source):
         source = _download(source)
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise ValueError(f"no picture: a {type(source).__name__} is neither a PIL image nor a path, URL or bytes")
     if isinstance(source, bytes):
         if not source:
             raise ValueError("empty")
@@ -132,6 +134,16 @@ def _download(url: str) -> bytes:
     if len(content) > URL_MAX_BYTES:
         raise ValueError(f"larger than {URL_MAX_BYTES} bytes")
     return content
+
+
+def thumbnail(source: ImageSource, size: int) -> Image.Image:
+    """A picture of at most `size` pixels a side; a grey one where it cannot be read."""
+    try:
+        image = load_image(source)
+    except ValueError:
+        return Image.new("RGB", (size, size), "lightgrey")
+    image.thumbnail((size, size))
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

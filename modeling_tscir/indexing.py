@@ -2,6 +2,7 @@
 processes, with every file that could not be used named and explained."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import stat
@@ -9,10 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
@@ -21,12 +21,12 @@ from transformers.utils import logging
 from .embedding import prefetched
 from .gallery import DTYPES, Gallery, GalleryError
 from .images import EXTENSIONS, load_image
+from .metadata import own_file, read_metadata, tidy
 
 
 logger = logging.get_logger(__name__)
 SHARD_SIZE = 2048
 MAX_FILE_BYTES = 256 * 2**20
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 
 class File(NamedTuple):
@@ -44,8 +44,11 @@ class Report:
 
     Args:
         added, changed, unchanged, removed: numbers of pictures.
+        moved: pictures found unchanged at another path.
         unreadable: {"id", "reason"} of every file or folder that could not be used.
+        linked: folders that links lead to again; their pictures are in once.
         other_files: files that are no pictures by their names, by extension.
+        metadata_rows: rows of metadata that were read.
         metadata_without_picture: ids of metadata rows whose picture is not in the gallery.
     """
 
@@ -53,14 +56,26 @@ class Report:
     changed: int = 0
     unchanged: int = 0
     removed: int = 0
+    moved: int = 0
     unreadable: list[dict[str, str]] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
     other_files: dict[str, int] = field(default_factory=dict)
+    metadata_rows: int | None = None
     metadata_without_picture: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
+        """The report for people, a line each."""
         lines = [
             f"{self.added} pictures added, {self.changed} changed, {self.unchanged} as they were, {self.removed} gone."
         ]
+        if self.moved:
+            lines.append(f"{self.moved} of them lie elsewhere now.")
+        if self.linked:
+            lines.append(
+                f"Links lead to {len(self.linked)} folders again: {', '.join(map(printable, self.linked[:5]))}."
+            )
+        if self.metadata_rows is not None:
+            lines.append(f"{self.metadata_rows} rows of metadata.")
         if self.other_files:
             kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in self.other_files.items())
             lines.append(f"{sum(self.other_files.values())} other files were not looked at: {kinds}.")
@@ -69,7 +84,8 @@ class Report:
             lines += [f"  {printable(bad['id'])}: {bad['reason']}" for bad in self.unreadable]
         if self.metadata_without_picture:
             names = ", ".join(map(printable, self.metadata_without_picture[:5]))
-            lines.append(f"{len(self.metadata_without_picture)} rows of metadata have no picture here: {names} ...")
+            more = ", ..." if len(self.metadata_without_picture) > 5 else ""
+            lines.append(f"{len(self.metadata_without_picture)} rows of metadata have no picture here: {names}{more}")
         return lines
 
 
@@ -83,6 +99,7 @@ class Found(NamedTuple):
 
     files: list[File]
     unreadable: list[dict[str, str]]
+    linked: list[str]
     other: Counter
     closed_folders: list[str]
 
@@ -98,7 +115,7 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
     top = os.fsencode(os.path.abspath(root))
     if not os.path.isdir(top):
         raise GalleryError(f"{root} is not a folder")
-    found = Found([], [], Counter(), [])
+    found = Found([], [], [], Counter(), [])
     seen: set[tuple[int, int]] = set()
     names: dict[str, bytes] = {}
 
@@ -111,7 +128,7 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
         try:
             status = os.stat(folder)
             if (status.st_dev, status.st_ino) in seen:
-                note(folder, "a folder that was searched already, under another name")
+                found.linked.append(name_of(folder, top, prefix))
                 continue
             seen.add((status.st_dev, status.st_ino))
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -126,8 +143,8 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
             try:
                 status = entry.stat()
             except OSError as error:
-                if os.path.splitext(entry.name)[1].lower().decode("utf-8", "replace") in EXTENSIONS:
-                    note(entry.path, f"cannot be read: {error.strerror}")
+                note(entry.path, f"cannot be reached: {error.strerror}")
+                found.closed_folders.append(name_of(entry.path, top, prefix))  # it may have been one
                 continue
             if stat.S_ISDIR(status.st_mode):
                 (linked if entry.is_symlink() else folders).append(entry.path)
@@ -181,6 +198,7 @@ def read_file(path: bytes) -> tuple[bytes, os.stat_result]:
 
 
 def content_digest(content: bytes) -> str:
+    """Thirty-two hexadecimal digits; equal for files of equal bytes."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
@@ -188,12 +206,17 @@ class Chunk:
     """The coming rows of one shard, read and decoded in threads, batch by batch.
 
     Args:
-        items: files, or rows of a dataset as (id, encoded picture or reason why there is none).
+        items: files, or rows of a dataset as (id, {"bytes", "path"}).
+        contents: by id, of the pictures that the gallery has; those of a dataset that are the same are passed over.
     """
 
-    def __init__(self, items: Sequence, processor, batch_size: int, pool: ThreadPoolExecutor):
-        self.items, self.processor, self.batch_size, self.pool = items, processor, batch_size, pool
+    def __init__(
+        self, items: Sequence, contents: dict[str, str], processor, batch_size: int, pool: ThreadPoolExecutor
+    ):
+        self.items, self.contents, self.processor = items, contents, processor
+        self.batch_size, self.pool = batch_size, pool
         self.rows: list[dict] = []
+        self.same: list[str] = []
         self.unreadable: list[dict[str, str]] = []
 
     def pixel_values(self) -> Iterator[torch.Tensor]:
@@ -205,15 +228,19 @@ class Chunk:
         for results in prefetched(prepare, range(0, len(self.items), self.batch_size)):
             good = [result for result in results if isinstance(result, tuple)]
             self.unreadable += [result for result in results if isinstance(result, dict)]
+            self.same += [result for result in results if isinstance(result, str)]
             if good:
                 self.rows += [row for row, _ in good]
                 yield torch.cat([pixels for _, pixels in good])
 
-    def _one(self, item) -> tuple[dict, torch.Tensor] | dict[str, str]:
+    def _one(self, item) -> tuple[dict, torch.Tensor] | dict[str, str] | str:
+        """A row and its pixels; or the id and the reason why there are none; or the id of what is there already."""
         try:
             row, content = self._file(item) if isinstance(item, File) else self._dataset_row(item)
             if not content:
                 raise ValueError("empty")
+            if self.contents.get(row["id"]) == row["content"]:
+                return row["id"]
             return row, self.processor.pixel_values([load_image(content)])
         except ValueError as error:
             return {"id": item[0], "reason": str(error)}
@@ -279,6 +306,8 @@ def add_images(
     Raises:
         GalleryError: if the folder holds no picture, metadata does not fit, or the disk is full.
     """
+    if batch_size < 1 or shard_size < 1:
+        raise GalleryError(f"batch_size {batch_size} and shard_size {shard_size}: both must be at least 1")
     processes = Processes()
     with gallery.locked() if processes.main else contextlib.nullcontext():
         if isinstance(images, (str, os.PathLike)):
@@ -286,10 +315,8 @@ def add_images(
         else:
             plan = plan_dataset(gallery, images, prefix, image_column, id_column)
         processes.wait()  # all have seen the gallery as it was
-        unreadable = processes.together(
-            embed_todo(gallery, plan.todo, model, processor, processes, batch_size, shard_size, progress)
-        )
-        report = plan.report(gallery, unreadable)
+        same, unreadable = embed_todo(gallery, plan, model, processor, processes, batch_size, shard_size, progress)
+        report = plan.report(gallery, processes.together(same), processes.together(unreadable))
         processes.wait()
         if processes.main:
             finish(gallery, plan, report)
@@ -325,7 +352,7 @@ class Processes:
         return gather_object(values)
 
     def same(self, make: Callable):
-        """What the main process makes, or the `GalleryError` it raises, in all of them."""
+        """What the main process makes, or the `ValueError` it raises, in all of them."""
         if not self.state:
             return make()
         from accelerate.utils import broadcast_object_list
@@ -334,10 +361,10 @@ class Processes:
         if self.main:
             try:
                 made = [make()]
-            except GalleryError as error:
+            except ValueError as error:
                 made = [error]
         (result,) = broadcast_object_list(made)
-        if isinstance(result, GalleryError):
+        if isinstance(result, ValueError):
             raise result
         return result
 
@@ -370,56 +397,102 @@ class Plan:
     """What an indexing is to do.
 
     Args:
-        todo: files, or rows of a dataset, to embed.
+        todo: files, or rows of a dataset, to read and, unless they are there, to embed.
+        contents: by id, of a dataset's pictures that are there.
         gone: ids whose files are no longer there.
-        metadata: a `pandas.DataFrame` by id, or None.
-        unchanged, unreadable, other: for the report.
+        moved: ids whose files are unchanged at another path.
+        metadata: by id, or None; it replaces that of `described`.
+        unchanged: how many files are as they were.
+        found: what was met in the folder.
     """
 
     todo: Files | DatasetRows
+    contents: dict[str, str] = field(default_factory=dict)
     gone: set[str] = field(default_factory=set)
-    metadata: object = None
+    moved: dict[str, bytes] = field(default_factory=dict)
+    metadata: pd.DataFrame | None = None
+    described: set[str] = field(default_factory=set)
     unchanged: int = 0
-    unreadable: list[dict[str, str]] = field(default_factory=list)
-    other: dict[str, int] = field(default_factory=dict)
+    found: Found = field(default_factory=lambda: Found([], [], [], Counter(), []))
 
-    def report(self, gallery: Gallery, unreadable: list[dict[str, str]]) -> Report:
-        """`gallery` as it was before, `unreadable` what was met while reading."""
-        done = self.todo.ids() - {bad["id"] for bad in unreadable}
+    def report(self, gallery: Gallery, same: list[str], unreadable: list[dict[str, str]]) -> Report:
+        """`gallery` as it was before; `same` and `unreadable` as they were met while reading."""
+        done = self.todo.ids() - {bad["id"] for bad in unreadable} - set(same)
         changed = sum(name in gallery for name in done)
         return Report(
             added=len(done) - changed,
             changed=changed,
-            unchanged=self.unchanged,
+            unchanged=self.unchanged + len(same),
             removed=len(self.gone),
-            unreadable=sorted(self.unreadable + unreadable, key=lambda bad: bad["id"]),
-            other_files=self.other,
+            moved=len(self.moved),
+            unreadable=sorted(self.found.unreadable + unreadable, key=lambda bad: bad["id"]),
+            linked=self.found.linked,
+            other_files=dict(self.found.other.most_common()),
+            metadata_rows=None if self.metadata is None else len(self.metadata),
         )
 
 
 def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata: str | os.PathLike | None) -> Plan:
+    """What a folder's pictures ask for.
+
+    Raises:
+        GalleryError: if the folder cannot be read, holds no picture, or has an id that another file has.
+        MetadataError: if its metadata cannot be used.
+    """
+    frame = read_metadata(root, metadata, prefix)
     found = find_files(root, prefix)
-    known = gallery.known()
-    roots = os.fsencode(os.path.join(os.path.abspath(root), ""))
-    todo = Files()
-    for file in found.files:
-        path, *state = known.get(file.id, (file.path, None, None))
-        if path != file.path:
-            other = "a dataset" if path is None else os.fsdecode(path)
-            raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
-        if state != [file.size, file.mtime_ns]:
-            todo.append(file)
     if not found.files and not found.unreadable:
         raise GalleryError(f"{root} holds no picture ({', '.join(sorted(EXTENSIONS))})")
+    own = own_file(root)
+    if metadata is None and own is not None:
+        found.other[own.suffix] -= 1
+        if not found.other[own.suffix]:
+            del found.other[own.suffix]
+    known = gallery.known()
+    todo, moved = Files(), {}
+    for file in found.files:
+        path, *state = known.get(file.id, (file.path, None, None))
+        same = state[:2] == [file.size, file.mtime_ns]
+        if path != file.path and (path is None or not same_file(path, file.path)):
+            if path is None or os.path.lexists(path):
+                other = "a dataset" if path is None else os.fsdecode(path)
+                raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
+            if same:
+                moved[file.id] = file.path
+        if not same:
+            todo.append(file)
+    unchanged = len(found.files) - len(todo)
     here = {file.id for file in found.files}
-    closed = tuple(name + "/" for name in found.closed_folders)
-    below_root = {name for name, (path, *_) in known.items() if (path or b"").startswith(roots)}
-    gone = {name for name in below_root - here if not name.startswith(closed)}
-    frame = read_metadata(root, metadata, prefix)
-    return Plan(todo, gone, frame, len(found.files) - len(todo), found.unreadable, dict(found.other.most_common()))
+    found.files.clear()  # a folder's may be many, and memory is wanted for what comes
+    top = os.path.join(os.path.realpath(os.fsencode(root)), b"")
+    closed = tuple(f"{name}/" for name in found.closed_folders)
+    real = functools.cache(os.path.realpath)  # of folders, of which there are few
+    below = {
+        name: path
+        for name, (path, *_) in known.items()
+        if path and os.path.join(real(os.path.dirname(path)), b"").startswith(top)
+    }
+    gone = {
+        name
+        for name in below.keys() - here
+        if not name.startswith(closed) and name not in found.closed_folders and not os.path.lexists(below[name])
+    }
+    described = here | below.keys() if frame is not None else set()
+    return Plan(todo, {}, gone, moved, frame, described, unchanged, found)
+
+
+def same_file(path: bytes, other: bytes) -> bool:
+    """Whether two names lead to one file."""
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_column: str) -> Plan:
+    """What a dataset's rows ask for.
+
+    Raises:
+        GalleryError: for a missing column, or ids that are not unique or that a file has.
+        MetadataError: for columns that cannot be metadata.
+    """
     from datasets import Image as ImageFeature
 
     if image_column not in rows.column_names:
@@ -429,66 +502,43 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     if len(set(ids)) != len(ids):
         twice = next(name for name, count in Counter(ids).items() if count > 1)
         raise GalleryError(f"column {id_column!r} holds {twice!r} more than once; ids must differ")
-    known = [name for name in ids if name in gallery]
-    if known:
-        raise GalleryError(f"{gallery} holds {known[0]!r} already ({len(known)} known ids); use another prefix")
+    known = gallery.known()
+    files = [name for name in ids if name in known and known[name][0] is not None]
+    if files:
+        raise GalleryError(f"{gallery} holds {files[0]!r} already ({len(files)} ids of files); use another prefix")
     others = [c for c in rows.column_names if c not in (image_column, id_column)]
-    frame = rows.select_columns(others).to_pandas().set_axis(ids) if others else None
+    frame = tidy(rows.select_columns(others).to_pandas().set_axis(ids), "the dataset") if others else None
     pictures = rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
-    return Plan(DatasetRows(pictures, image_column, ids), metadata=frame)
-
-
-def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, prefix: str):
-    """A `pandas.DataFrame` by id from the given file, or from the folder's own; None where there is none.
-
-    Raises:
-        GalleryError: naming the file, if it cannot be read, lacks `file_name`, or names a picture twice.
-    """
-    import pandas as pd
-
-    own = [path for name in METADATA_NAMES if (path := Path(root) / name).is_file()]
-    if given is None and not own:
-        return None
-    path = Path(given) if given is not None else own[0]
-    read = {".csv": pd.read_csv, ".parquet": pd.read_parquet, ".jsonl": lambda p: pd.read_json(p, lines=True)}
-    if path.suffix not in read:
-        raise GalleryError(f"{path}: metadata is read from {', '.join(read)}")
-    try:
-        frame = read[path.suffix](path)
-    except (OSError, ValueError, pa.ArrowInvalid) as error:
-        raise GalleryError(f"{path} cannot be read: {error}") from error
-    if "file_name" not in frame.columns:
-        raise GalleryError(f"{path} has no column file_name; it has {', '.join(map(str, frame.columns))}")
-    names = prefix + frame.pop("file_name").astype(str)
-    twice = names[names.duplicated()]
-    if len(twice):
-        raise GalleryError(f"{path} names {twice.iloc[0]!r} more than once")
-    return frame.set_axis(names)
+    contents = {name: known[name][3] for name in ids if name in known}
+    return Plan(DatasetRows(pictures, image_column, ids), contents, metadata=frame)
 
 
 def embed_todo(
-    gallery: Gallery, todo: Sequence, model, processor, processes: Processes, batch_size: int, shard_size: int,
+    gallery: Gallery, plan: Plan, model, processor, processes: Processes, batch_size: int, shard_size: int,
     progress: bool,
-) -> list[dict[str, str]]:  # fmt: skip
-    """Write this process's shards. Returns what could not be used."""
-    starts = range(0, len(todo), shard_size)[processes.rank :: processes.count]
+) -> tuple[list[str], list[dict[str, str]]]:  # fmt: skip
+    """Write this process's shards. Returns ids that were there already, and what could not be used."""
+    starts = range(0, len(plan.todo), shard_size)[processes.rank :: processes.count]
     first = gallery.next_shard()
     dtype = DTYPES[gallery.info["dtype"]]
+    same: list[str] = []
     unreadable: list[dict[str, str]] = []
-    total = sum(min(shard_size, len(todo) - start) for start in starts)
+    total = sum(min(shard_size, len(plan.todo) - start) for start in starts)
     shown = progress and processes.main and total > 0
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=total, disable=not shown, unit="picture", desc="index", smoothing=0) as bar,
     ):
         for start in starts:
-            chunk = Chunk(todo[start : start + shard_size], processor, batch_size, pool)
+            items = plan.todo[start : start + shard_size]
+            chunk = Chunk(items, plan.contents, processor, batch_size, pool)
             embeds = embed_chunk(chunk, model, dtype, bar)
+            same += chunk.same
             unreadable += chunk.unreadable
-            bar.update(len(chunk.unreadable))
+            bar.update(len(chunk.unreadable) + len(chunk.same))
             if chunk.rows:
                 gallery.write_rows(first + start // shard_size, chunk.rows, embeds)
-    return unreadable
+    return same, unreadable
 
 
 def finish(gallery: Gallery, plan: Plan, report: Report) -> None:
@@ -496,10 +546,12 @@ def finish(gallery: Gallery, plan: Plan, report: Report) -> None:
     gallery.reload()
     old = {name for name in plan.gone | {bad["id"] for bad in report.unreadable} if name in gallery}
     gallery.forget(old)
+    if plan.moved:
+        gallery.set_paths(plan.moved)
+    gallery.set_unreadable(report.unreadable)
     if plan.metadata is not None:
         report.metadata_without_picture = [name for name in plan.metadata.index if name not in gallery]
     if plan.metadata is not None or old:
-        gallery.set_metadata(plan.metadata)
-    gallery.set_unreadable(report.unreadable)
+        gallery.set_metadata(plan.metadata, plan.described)
     if len(plan.todo) or old:
         gallery.rebuild_index()

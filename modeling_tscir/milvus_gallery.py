@@ -1,4 +1,4 @@
-"""The calls of a [`Gallery`] on Milvus: a file with `milvus-lite`, or a cluster by its address.
+"""A [`Gallery`]'s add, remove and search on Milvus: a folder of `milvus-lite`'s, or a cluster by its address.
 
     MilvusGallery.open_or_create("photos.db", model, processor)
     MilvusGallery.open_or_create("http://milvus:19530#shop", model, processor)
@@ -9,31 +9,34 @@ What follows "#" names the collection. Vectors, ids, paths and metadata live in 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import torch
 
-from .gallery import FORMAT, OPERATORS, Gallery, GalleryError, Where, fingerprint_of
+from .gallery import FORMAT, Gallery, check_search, fingerprint_of
 from .images import load_image
+from .metadata import Condition, Where, conditions_of, kinds_of, values_of
+from .shards import GalleryError
 
 
 ROWS_AT_A_TIME = 500
 MAX_ID_BYTES, MAX_PATH_BYTES = 4096, 16384
+REMOTE = ("http://", "https://", "tcp://", "unix:")
 MAX_FOUND = 16384  # Milvus gives no more to one search
 
 
 def is_milvus(name: str | os.PathLike) -> bool:
     """Whether a gallery's name is an address of Milvus rather than a folder."""
     name = os.fspath(name)
-    return name.startswith(("http://", "https://", "tcp://", "unix:")) or name.partition("#")[0].endswith(".db")
+    return name.startswith(REMOTE) or name.partition("#")[0].endswith(".db")
 
 
 class MilvusGallery:
-    """A gallery in Milvus, with the calls and results of [`Gallery`].
+    """A gallery in Milvus: add, remove and search, with the arguments and results of [`Gallery`].
 
     Args:
-        uri (`str`): a file that ends in .db, or a server's address; "#name" after it names the collection.
+        uri (`str`): a name that ends in .db, or a server's address; "#name" after it names the collection.
 
     Raises:
         GalleryError: if pymilvus is not installed, the server does not answer, or it holds no such gallery.
@@ -43,11 +46,11 @@ class MilvusGallery:
         self.uri = os.fspath(uri)
         address, _, collection = self.uri.partition("#")
         self.collection = collection or "gallery"
-        self.client = connect(address)
-        if not self.client.has_collection(self.collection):
+        if not holds_gallery(self.uri):
             raise GalleryError(f"{self.uri} holds no gallery; make one with: tscir index PHOTOS --output {self.uri}")
+        self.client = connect(address)
         rows = self.client.get(f"{self.collection}_info", ids=["info"], output_fields=["content"])
-        if not rows or rows[0]["content"].get("format") != FORMAT:
+        if rows[0]["content"].get("format") != FORMAT:
             raise GalleryError(f"{self.uri} is no gallery of this package's; name another collection: {address}#NAME")
         self.info: dict = rows[0]["content"]
 
@@ -61,9 +64,11 @@ class MilvusGallery:
         uri = os.fspath(uri)
         address, _, collection = uri.partition("#")
         collection = collection or "gallery"
-        client = connect(address)
-        if client.has_collection(collection):
+        if holds_gallery(uri):
             raise GalleryError(f"{uri} is there already")
+        client = connect(address)
+        for name in (collection, f"{collection}_info"):  # of one that was interrupted before it was a gallery
+            client.drop_collection(name)
         size = model.config.clip_config.projection_dim
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("id", DataType.VARCHAR, max_length=MAX_ID_BYTES, is_primary=True)
@@ -98,14 +103,11 @@ class MilvusGallery:
 
     @classmethod
     def open_or_create(cls, uri: str, model, processor, dtype: str = "float32") -> "MilvusGallery":
+        """The gallery at `uri`, checked against the model, or an empty one."""
         from .indexing import Processes
 
         def create_if_missing() -> None:
-            address, _, collection = os.fspath(uri).partition("#")
-            client = connect(address)
-            found = client.has_collection(collection or "gallery")
-            client.close()
-            if not found:
+            if not holds_gallery(uri):
                 cls.create(uri, model, processor).client.close()
 
         Processes().same(create_if_missing)
@@ -120,6 +122,7 @@ class MilvusGallery:
 
     @classmethod
     def load(cls, uri: str, model=None, processor=None) -> "MilvusGallery":
+        """Open a gallery; with model and processor, make sure that its embeddings are theirs."""
         gallery = cls(uri)
         if model is not None:
             gallery.check(model, processor)
@@ -154,22 +157,27 @@ class MilvusGallery:
 
     @property
     def ids(self) -> list[str]:
+        """Ids of the pictures, sorted."""
         return sorted(row["id"] for row in self._rows(["id"]))
 
-    def known(self) -> dict[str, tuple[bytes, int, int]]:
-        rows = self._rows(["id", "path", "size", "mtime_ns"])
-        return {row["id"]: (unquote_to_bytes(row["path"]), row["size"], row["mtime_ns"]) for row in rows}
+    def known(self) -> dict[str, tuple[bytes, int, int, str]]:
+        """Path, size in bytes, time of change in nanoseconds and content of each id's file."""
+        rows = self._rows(["id", "path", "size", "mtime_ns", "content"])
+        return {r["id"]: (unquote_to_bytes(r["path"]), r["size"], r["mtime_ns"], r["content"]) for r in rows}
 
     def source(self, name: str) -> str:
+        """The file of an id. Raises `KeyError` for unknown ids."""
         rows = self._get([name], ["path"])
         if not rows:
             raise KeyError(name)
         return os.fsdecode(unquote_to_bytes(rows[0]["path"]))
 
     def picture(self, name: str):
+        """The picture of an id, a PIL image. Raises `ValueError` if its file is gone or broken by now."""
         return load_image(self.source(name))
 
     def duplicates(self) -> list[list[str]]:
+        """Groups of ids whose files have the same bytes."""
         groups: dict[str, list[str]] = {}
         for row in self._rows(["id", "content"]):
             groups.setdefault(row["content"], []).append(row["id"])
@@ -186,44 +194,49 @@ class MilvusGallery:
         exact: bool = False,
     ) -> list[list[dict]]:
         """As [`Gallery.search`]; which index answers is Milvus's affair, so `exact` changes nothing."""
-        if queries.ndim != 2 or queries.shape[1] != self.info["dimensions"]:
-            raise ValueError(f"queries are {tuple(queries.shape)}; this gallery wants [Q, {self.info['dimensions']}]")
-        if top_k < 1 or not torch.isfinite(queries).all():
-            raise ValueError("top_k must be at least 1, and queries hold no NaN or infinite values")
+        check_search(queries, top_k, exclude, self.info["dimensions"])
         if not len(queries):
             return []
-        hidden = sorted({row["content"] for row in self._get(list(exclude), ["content"])})
-        conditions = [condition(column, given) for column, given in (where or {}).items()]
-        if hidden:
-            conditions.append(f"content not in {json.dumps(hidden)}")
-        found = self.client.search(
-            self.collection,
-            data=queries.float().cpu().tolist(),
-            limit=min(MAX_FOUND, 4 * top_k + 20),  # room for pictures of the same bytes, which count once
-            filter=" and ".join(conditions),
-            output_fields=["path", "content", "metadata"],
-        )
-        rows = [self._distinct(hits, top_k) for hits in found]
-        contents = sorted({hit["entity"]["content"] for hits in rows for hit in hits})
-        same: dict[str, list[str]] = {}
-        if contents:
-            for row in self._rows(
-                ["id", "content"], " and ".join([f"content in {json.dumps(contents)}", *conditions])
-            ):
-                same.setdefault(row["content"], []).append(row["id"])
-        return [
-            [
-                {
-                    "score": float(hit["distance"]),
-                    "id": hit["id"],
-                    "path": os.fsdecode(unquote_to_bytes(hit["entity"]["path"])),
-                    "duplicates": sorted(n for n in same[hit["entity"]["content"]] if n != hit["id"]),
-                    "metadata": dict(hit["entity"]["metadata"]),
-                }
-                for hit in hits
-            ]
-            for hits in rows
-        ]
+        asked = conditions_of(where, self.info.get("columns", {}), self.uri)
+        if any(condition.operator == "in" and not condition.value for condition in asked):
+            return [[] for _ in queries]
+        filters = [as_filter(condition) for condition in asked]
+        with told(self.uri):
+            hidden = sorted({row["content"] for row in self._get(list(exclude), ["content"])})
+            if hidden:
+                filters.append(f"content not in {json.dumps(hidden)}")
+            limit = min(MAX_FOUND, top_k + 20)
+            while True:
+                found = self.client.search(
+                    self.collection,
+                    data=queries.float().cpu().tolist(),
+                    limit=limit,
+                    filter=" and ".join(filters),
+                    output_fields=["path", "content", "metadata"],
+                )
+                rows = [self._distinct(hits, top_k) for hits in found]
+                # Pictures of the same bytes count once, so that more may be needed.
+                short = any(len(r) < top_k and len(f) == limit for r, f in zip(rows, found, strict=True))
+                if not short or limit == MAX_FOUND:
+                    break
+                limit = min(MAX_FOUND, 4 * limit)
+            contents = sorted({hit["entity"]["content"] for hits in rows for hit in hits})
+            same: dict[str, list[str]] = {}
+            if contents:
+                filters.append(f"content in {json.dumps(contents)}")
+                for row in self._rows(["id", "content"], " and ".join(filters)):
+                    same.setdefault(row["content"], []).append(row["id"])
+        return [[self._result(hit, same) for hit in hits] for hits in rows]
+
+    def _result(self, hit: dict, same: dict[str, list[str]]) -> dict:
+        entity = hit["entity"]
+        return {
+            "score": float(hit["distance"]),
+            "id": hit["id"],
+            "path": os.fsdecode(unquote_to_bytes(entity["path"])),
+            "duplicates": sorted(name for name in same[entity["content"]] if name != hit["id"]),
+            "metadata": dict.fromkeys(self.info.get("columns", {})) | dict(entity["metadata"]),
+        }
 
     @staticmethod
     def _distinct(hits: Sequence[dict], top_k: int) -> list[dict]:
@@ -245,6 +258,7 @@ class MilvusGallery:
         return add_images(self, images, model, processor, **options)
 
     def remove(self, ids: Sequence[str]) -> None:
+        """Forget pictures; their files are not touched. Raises `KeyError` with the ids that are not there."""
         known = {row["id"] for row in self._get(ids, ["id"])}
         unknown = [name for name in ids if name not in known]
         if unknown:
@@ -257,6 +271,7 @@ class MilvusGallery:
         yield
 
     def next_shard(self) -> int:
+        """Milvus has no shards of ours."""
         return 0
 
     def remember(self, **entries) -> None:
@@ -266,6 +281,7 @@ class MilvusGallery:
         self.client.upsert(f"{self.collection}_info", [content])
 
     def write_rows(self, number: int, rows: list[dict], embeds: torch.Tensor) -> None:
+        """Keep rows, in place of those of the same ids."""
         old = {row["id"]: row["metadata"] for row in self._get([row["id"] for row in rows], ["metadata"])}
         content = [
             {
@@ -282,40 +298,46 @@ class MilvusGallery:
         self._upsert(content)
 
     def _upsert(self, rows: list[dict]) -> None:
-        from pymilvus import MilvusException
-
-        try:
+        with told(f"{self.uri} did not take the rows; what was indexed before is kept"):
             for start in range(0, len(rows), ROWS_AT_A_TIME):
                 self.client.upsert(self.collection, rows[start : start + ROWS_AT_A_TIME])
-        except MilvusException as error:
-            raise GalleryError(
-                f"{self.uri} did not take the rows ({error}); what was indexed before is kept. Run the same again."
-            ) from error
 
     def reload(self) -> None:
         """Milvus answers with what it holds now."""
 
     def forget(self, ids: set[str]) -> None:
+        """Delete the rows of `ids`."""
         names = sorted(ids)
         for start in range(0, len(names), ROWS_AT_A_TIME):
             self.client.delete(self.collection, ids=names[start : start + ROWS_AT_A_TIME])
 
-    def set_metadata(self, frame=None) -> None:
+    def set_paths(self, paths: dict[str, bytes]) -> None:
+        """Where pictures, by their ids, lie now."""
+        self._change(list(paths), lambda row: {"path": quote_from_bytes(paths[row["id"]])})
+
+    def set_metadata(self, frame=None, replaced: set[str] = frozenset()) -> None:
+        """Put `frame`'s rows, by id, in place of those of its ids and of `replaced`; keep that of other pictures."""
         if frame is None:
             return
-        content = json.loads(frame.to_json(orient="index"))
-        ids = [str(name) for name in frame.index]
+        self.remember(columns=self.info.get("columns", {}) | kinds_of(frame))
+        ids = sorted(replaced | set(frame.index))
+        values = {name: {k: v for k, v in values_of(frame, name).items() if v is not None} for name in ids}
+        self._change(ids, lambda row: {"metadata": values[row["id"]]})
+
+    def _change(self, ids: Sequence[str], change: Callable[[dict], dict]) -> None:
         for start in range(0, len(ids), ROWS_AT_A_TIME):
             rows = self._get(ids[start : start + ROWS_AT_A_TIME], ["*"])
-            self._upsert([dict(row) | {"metadata": content[row["id"]]} for row in rows])
+            self._upsert([dict(row) | change(row) for row in rows])
 
     @property
     def unreadable(self) -> list[dict[str, str]]:
+        """{"id", "reason"} of what the last indexing could not use."""
         name = f"{self.collection}_info"
         rows = self.client.query(name, filter='id != "info"', output_fields=["content"], limit=MAX_FOUND)
         return sorted((row["content"] for row in rows), key=lambda bad: bad["id"])
 
     def set_unreadable(self, unreadable: list[dict[str, str]]) -> None:
+        """Keep what the last indexing could not use."""
         name = f"{self.collection}_info"
         self.client.delete(name, filter='id != "info"')
         for start in range(0, len(unreadable), ROWS_AT_A_TIME):
@@ -326,15 +348,38 @@ class MilvusGallery:
         """Milvus keeps its own."""
 
 
-def condition(column: str, given) -> str:
-    """A condition of [`Gallery.search`] in Milvus's language, every value quoted."""
-    operator, value = given if isinstance(given, tuple) and len(given) == 2 else ("=", given)
-    if operator not in OPERATORS:
-        raise ValueError(f"unknown operator {operator!r}; known are {' '.join(OPERATORS)}")
-    field = f"metadata[{json.dumps(column)}]"
-    if isinstance(value, (list, set)):
-        return "(" + " or ".join(f"{field} == {json.dumps(v)}" for v in value) + ")"
-    return f"{field} {'==' if operator == '=' else operator} {json.dumps(value)}"
+def as_filter(condition: Condition) -> str:
+    """A condition in Milvus's language, every name and value quoted."""
+    field, value = f"metadata[{json.dumps(condition.column)}]", condition.value
+    if condition.operator in ("in", "not in"):
+        sign, link = ("==", " or ") if condition.operator == "in" else ("!=", " and ")
+        return "(" + link.join(f"{field} {sign} {json.dumps(one)}" for one in value) + ")" if value else 'id != ""'
+    sign = {"=": "=="}.get(condition.operator, condition.operator)
+    return f"{field} {sign} {json.dumps(value)}"
+
+
+@contextlib.contextmanager
+def told(problem: str) -> Iterator[None]:
+    """Milvus's errors as a `GalleryError`."""
+    from pymilvus import MilvusException
+
+    try:
+        yield
+    except MilvusException as error:
+        raise GalleryError(f"{problem}: {str(error).splitlines()[0]}") from error
+
+
+def holds_gallery(uri: str) -> bool:
+    """Whether there is a whole gallery; one whose making was interrupted is none. Nothing is made by looking."""
+    address, _, collection = os.fspath(uri).partition("#")
+    name = f"{collection or 'gallery'}_info"
+    if not address.startswith(REMOTE) and not os.path.exists(address):
+        return False
+    client = connect(address)
+    with told(uri):
+        found = client.has_collection(name) and client.get(name, ids=["info"], output_fields=["id"])
+    client.close()
+    return bool(found)
 
 
 def connect(address: str):

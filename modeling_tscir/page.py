@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 from transformers.utils import logging
 
-from .images import load_image
+from .images import load_image, thumbnail
 from .indexing import printable
 from .pipeline_tscir import ComposedImageRetrievalPipeline
 
@@ -30,14 +30,12 @@ TITLE = "Composed image retrieval"
 CSS = "#steps { color: var(--body-text-color-subdued) }"
 
 
-def thumbnail(source) -> Image.Image:
-    """A picture of at most THUMBNAIL pixels a side; a grey one where it cannot be read."""
+def small(gallery, name: str) -> Image.Image:
+    """The thumbnail of an id. Raises `gr.Error` if the gallery no longer has it."""
     try:
-        image = load_image(source)
-    except ValueError:
-        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "lightgrey")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
+        return thumbnail(gallery.source(name), THUMBNAIL)
+    except KeyError as error:
+        raise gr.Error(f"{printable(name)} is no longer in the gallery.", print_exception=False) from error
 
 
 def uploaded(path: str | None) -> Image.Image | None:
@@ -51,15 +49,16 @@ def uploaded(path: str | None) -> Image.Image | None:
 
 
 def captioned(results: list[dict], names: bool = True) -> list[tuple[Image.Image, str]]:
+    """Thumbnails of results, with their scores and, if asked, what else is known of them."""
     shown = []
     for result in results:
         if not names:
-            shown.append((thumbnail(result["image"] or b""), f"{result['score']:.3f}"))
+            shown.append((thumbnail(result["image"] or b"", THUMBNAIL), f"{result['score']:.3f}"))
             continue
-        more = [f"{key}: {value}" for key, value in result["metadata"].items()]
+        more = [f"{key}: {value}" for key, value in result["metadata"].items() if value is not None]
         more += [f"same as {printable(name)}" for name in result["duplicates"]]
         line = " · ".join([f"{result['score']:.3f} {printable(result['id'])}", *more])
-        shown.append((thumbnail(result["image"] or b""), line))
+        shown.append((thumbnail(result["image"] or b"", THUMBNAIL), line))
     return shown
 
 
@@ -93,7 +92,7 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
     def search(upload, chosen, text, second, weight, count):
         """Results, their ids, and the same query by picture alone and by text alone."""
         text = (text or "").strip()[:MAX_TEXT]
-        first = cir.gallery.picture(chosen) if chosen is not None else uploaded(upload)
+        first = uploaded(gallery.source(chosen) if chosen in gallery else upload) if chosen or upload else None
         other = uploaded(second)
         content = [part for part in (first, text or None, other) if part is not None]
         if not content:
@@ -119,11 +118,11 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
             raise gr.Error("That result is gone; search again.", print_exception=False)
         name = shown[event.index]
         steps = [*steps, *([f"“{text.strip()}”"] if (text or "").strip() else []), printable(name)]
-        return name, thumbnail(gallery.source(name)), "", steps, " → ".join(steps)
+        return name, small(gallery, name), "", steps, " → ".join(steps)
 
     def choose(event: gr.SelectData):
         name = samples[event.index]
-        return name, thumbnail(gallery.source(name)), [printable(name)], printable(name)
+        return name, small(gallery, name), [printable(name)], printable(name)
 
     def forget_choice():
         return None, [], ""
@@ -159,7 +158,7 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
                         gr.Markdown("By the text alone")
                         by_text = pictures("by-text", 5, height=150)
         gr.Markdown("Or begin with one of these:")
-        starters = pictures("samples", SAMPLES, 130, [thumbnail(gallery.source(name)) for name in samples])
+        starters = pictures("samples", SAMPLES, 130, [small(gallery, name) for name in samples])
         inputs = [image, chosen, text, second, weight, count]
         outputs = [results, shown, by_picture, by_text]
         # One encoding at a time: composing adapters are switched on and off on shared modules.

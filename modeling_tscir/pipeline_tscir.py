@@ -118,7 +118,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
             inputs: instead of these, {"image", "text"} (or one of both) or {"content"}, or a list of such queries.
             top_k (`int`): results a query; 10 unless given.
             weight (`float`): -1 to 1, towards the picture (negative) or the text (positive), where a query has both.
-            where, exclude: conditions on the metadata of a [`Gallery`], and ids to leave out; see [`Gallery.search`].
+            where, exclude, exact: of a [`Gallery`]: conditions on its metadata, ids to leave out, and whether to leave
+                its index aside; see [`Gallery.search`].
             batch_size (`int`): queries a forward pass; 64 unless given.
 
         Returns:
@@ -147,14 +148,16 @@ class ComposedImageRetrievalPipeline(Pipeline):
     def embed(self, inputs=None, *, image=None, text=None, content=None, weight: float = 0.0) -> torch.Tensor:
         """L2-normalised embeddings [Q, D] of queries, fp32, on the CPU; arguments as in a search."""
         queries, _ = as_queries(inputs, image, text, content)
+        if not queries:
+            raise ValueError("there is no query to embed")
         outputs = self.run_single(queries, {}, {"weight": weight}, {"embeds_only": True})
         return outputs.cpu()
 
     def _sanitize_parameters(self, top_k: int | None = None, weight: float | None = None, **more):
-        given = {"top_k": top_k, **{k: more.pop(k, None) for k in ("where", "exclude")}}
+        given = {"top_k": top_k, **{k: more.pop(k, None) for k in ("where", "exclude", "exact")}}
         unknown = {k for k in more if k not in ("trust_remote_code", "use_fast")}
         if unknown:
-            known = "image, text, content, top_k, weight, where, exclude, batch_size"
+            known = "image, text, content, top_k, weight, where, exclude, exact, batch_size"
             raise TypeError(f"unknown arguments {sorted(unknown)}; known are {known}")
         return {}, {} if weight is None else {"weight": weight}, {k: v for k, v in given.items() if v is not None}
 
@@ -165,6 +168,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         inputs: dict = {
             "kinds": kinds,
             "image_counts": [sum(isinstance(part, Picture) for part in q) for q in queries],
+            "has_text": [any(part for part in q if isinstance(part, str)) for q in queries],
         }
         if pictures:
             inputs["pixel_values"] = self.processor.pixel_values(pictures).to(self.model.dtype)
@@ -191,6 +195,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
             ids, mask = inputs["texts"]["input_ids"], inputs["texts"]["attention_mask"]
             features = self.model.get_text_features(ids[of_kind["text"]], mask[of_kind["text"]])
             queries[of_kind["text"]] = F.normalize(features.float(), dim=-1)
+        if not -1 <= weight <= 1:
+            raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
         if of_kind["composed"]:
             queries[of_kind["composed"]] = self.model.get_composed_features(
                 **inputs["prompts"],
@@ -201,19 +207,28 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 weight=weight,
                 image_counts=[counts[i] for i in of_kind["composed"]],
             ).float()
+            for i in of_kind["composed"] if words is None else []:
+                if not inputs["has_text"][i]:  # nothing to mix the pictures with, and no prompt to put them in
+                    queries[i] = embeds[sum(counts[:i]) : sum(counts[: i + 1])].float().mean(0)
         return {"query_embeds": queries}
 
     def postprocess(
-        self, outputs: dict[str, torch.Tensor], top_k: int = 10, where=None, exclude=(), embeds_only: bool = False
+        self,
+        outputs: dict[str, torch.Tensor],
+        top_k: int = 10,
+        where=None,
+        exclude=(),
+        exact: bool = False,
+        embeds_only: bool = False,
     ) -> list[list[dict]] | torch.Tensor:
         queries = F.normalize(outputs["query_embeds"].float(), dim=-1)
         if embeds_only:
             return queries
         if self.gallery is not None:
-            results = self.gallery.search(queries, top_k, where, exclude)
+            results = self.gallery.search(queries, top_k, where, exclude, exact)
             return [[with_picture(self.gallery, result) for result in row] for row in results]
-        if where is not None or exclude:
-            raise ValueError("where and exclude need a gallery on disk: index(Gallery.load(folder))")
+        if where is not None or exclude or exact:
+            raise ValueError("where, exclude and exact need a gallery on disk: index(Gallery.load(folder))")
         scores, indices = rank(queries.to(self.gallery_embeds.device), self.gallery_embeds, top_k)
         return [
             [
@@ -256,6 +271,7 @@ class Picture(NamedTuple):
 
 
 def with_picture(gallery, result: dict) -> dict:
+    """A result with its "image", or None and the "problem" there is."""
     try:
         return result | {"image": gallery.picture(result["id"])}
     except ValueError as error:
@@ -291,16 +307,25 @@ def as_queries(inputs, image, text, content) -> tuple[list[list], bool]:
 
 
 def as_content(query: dict, number: int) -> list[str | Picture]:
-    """A query's texts and pictures in order. Raises `ValueError` if it has none."""
+    """A query's texts and pictures in order. Raises `ValueError` if it has none, or is no query."""
+    if not isinstance(query, dict):
+        raise ValueError(f'query {number} is {query!r}; write {{"image": ..., "text": ...}} or {{"content": [...]}}')
     if query.get("content") is not None:
+        if not isinstance(query["content"], (list, tuple)):
+            raise ValueError(f"query {number}: content is a list of pictures and texts")
         given = list(query["content"])
     else:
         picture, text = query.get("image"), query.get("text")
         given = ([] if picture is None else [{"image": picture}]) + ([] if text is None else [text])
-    # A result of an earlier search is a dict, too; those of datasets have bytes and path, and load as they are.
-    sources = [part["image"] if isinstance(part, dict) and "image" in part else part for part in given]
-    sources = [part["image"] if isinstance(part, dict) and "image" in part else part for part in sources]
-    parts = [part if isinstance(part, str) else Picture(source) for part, source in zip(given, sources, strict=True)]
-    if not parts or parts == [""] or Picture(None) in parts:
+    parts = [part if isinstance(part, str) else Picture(picture_of(part)) for part in given]
+    pictures = [part.source for part in parts if isinstance(part, Picture)]
+    if any(picture is None for picture in pictures) or not (pictures or any(parts)):
         raise ValueError(f"query {number} lacks its picture or text; it needs one of them at least")
     return parts
+
+
+def picture_of(part):
+    """The picture of {"image": picture} or of an earlier result, which may stand in another's place."""
+    while isinstance(part, dict) and "image" in part:
+        part = part["image"]
+    return part

@@ -1,6 +1,9 @@
 """TSCIRProcessor: images and texts to model inputs, with places for pseudo-words that no user's text can forge."""
 
+import os
+
 import torch
+from PIL import Image
 from transformers import ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
@@ -10,6 +13,16 @@ from .images import ImageSource, load_image, pad_to_aspect_ratio
 
 logger = logging.get_logger(__name__)
 MAX_LENGTH = 77
+
+
+def load_named(image: ImageSource) -> Image.Image:
+    """The picture. Raises `ValueError` with the file's name, if it has one."""
+    try:
+        return load_image(image)
+    except ValueError as error:
+        if isinstance(image, (str, os.PathLike)):
+            raise ValueError(f"{os.fspath(image)}: {error}") from error
+        raise
 
 
 class TSCIRProcessor(ProcessorMixin):
@@ -117,7 +130,7 @@ class TSCIRProcessor(ProcessorMixin):
 
     def pixel_values(self, images: list[ImageSource]) -> torch.Tensor:
         """Pictures as the vision tower reads them, [B, 3, H, W]. Raises `ValueError` for one that cannot be read."""
-        pictures = [load_image(image) for image in images]
+        pictures = [load_named(image) for image in images]
         if self.padded_aspect_ratio is not None:
             pictures = [pad_to_aspect_ratio(picture, self.padded_aspect_ratio) for picture in pictures]
         return self.image_processor(pictures, return_tensors="pt").pixel_values

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, GalleryError, TSCIRProcessor
-from modeling_tscir.milvus_gallery import MilvusGallery, condition, is_milvus, open_gallery
+from modeling_tscir.metadata import Condition
+from modeling_tscir.milvus_gallery import MilvusGallery, as_filter, connect, is_milvus, open_gallery
 
 
 pytest.importorskip("pymilvus")
@@ -50,7 +51,9 @@ def test_it_answers_as_a_folders_gallery_does(both):
     assert remote.unreadable == local.unreadable and [b["id"] for b in remote.unreadable] == ["broken.jpg"]
     for options in ({}, {"top_k": 2}, {"where": {"colour": "red"}}, {"where": {"price": (">", 10)}},
                     {"where": {"colour": 'bl"ue'}}, {"where": {"colour": ["red", "x"], "price": ("<=", 20)}},
-                    {"where": {"price": ("!=", 10)}}, {"exclude": ["again.png"]}):  # fmt: skip
+                    {"where": {"price": ("!=", 10)}}, {"exclude": ["again.png"]}, {"where": {"colour": []}},
+                    {"where": {"colour": ("not in", ["red"])}},
+                    {"where": [("price", ">", 10), ("price", "<", 30)]}):  # fmt: skip
         mine, other = plain(remote.search(QUERIES, **options)), plain(local.search(QUERIES, **options))
         assert [[r["id"] for r in row] for row in mine] == [[r["id"] for r in row] for row in other], options
         assert mine == other, options
@@ -98,4 +101,22 @@ def test_refusals(both, stage2, clip_dir, tmp_path, pictures):
     assert (
         is_milvus("http://host:19530#shop") and is_milvus("a.db") and not is_milvus("a") and not is_milvus("/a.db/g")
     )
-    assert condition('a"] or 1 == 1', 'x" or ""==""') == 'metadata["a\\"] or 1 == 1"] == "x\\" or \\"\\"==\\"\\""'
+    hostile = as_filter(Condition('a"] or 1 == 1', "=", 'x" or ""==""'))
+    assert hostile == 'metadata["a\\"] or 1 == 1"] == "x\\" or \\"\\"==\\"\\""'
+    for where in ({"nope": 1}, {"price": ("<", "c")}, {"colour": ("in", "red")}, {"colour": None}):
+        with pytest.raises(ValueError):
+            remote.search(QUERIES, where=where)
+    assert not (tmp_path / "none.db").exists()  # nothing is made by looking
+
+
+def test_one_whose_making_was_interrupted_is_made_anew(stage2, processor, picture_folder, tmp_path):
+    uri = str(tmp_path / "g.db")
+    MilvusGallery.create(uri, stage2, processor).client.close()
+    client = connect(uri)
+    client.drop_collection("gallery_info")
+    client.close()
+    with pytest.raises(GalleryError, match="holds no gallery"):
+        MilvusGallery(uri)
+    gallery = MilvusGallery.from_folder(picture_folder, uri, stage2, processor, progress=False)
+    assert len(gallery) == 6
+    gallery.client.close()

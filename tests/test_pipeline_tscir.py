@@ -111,9 +111,17 @@ def test_misuse_is_explained(cir, pictures):
     for nothing in ({"text": ""}, {}, {"content": []}, {"image": None, "text": None}):
         with pytest.raises(ValueError, match="query 0 lacks its picture or text"):
             cir(nothing)
+    for odd, message in (("red", "query 0 is 'r'"), (["red"], "query 0 is 'red'"),
+                         ({"content": "red"}, "content is a list"), ({"image": 3.5}, "no picture")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            cir(odd)
+    with pytest.raises(ValueError, match=r"nowhere\.png: missing"):
+        cir(image="nowhere.png", text="red")
+    with pytest.raises(ValueError, match="weight must be"):
+        cir(text="red", weight=5)
     with pytest.raises(ValueError, match="content= holds"):
         cir(image=pictures[0], content=[pictures[0], "red"])
-    with pytest.raises(ValueError, match="where and exclude need a gallery"):
+    with pytest.raises(ValueError, match="where, exclude and exact need a gallery"):
         cir(image=pictures[0], text="red", where={"a": 1})
     with pytest.raises(ValueError, match="2 pictures and 1 texts"):
         cir(image=pictures[:2], text=["red"])
@@ -193,6 +201,9 @@ def test_content_lists_without_training_are_means_of_their_pictures(stage0, proc
     both = cosines(cir, content=[pictures[0], "red", pictures[1]])
     assert both == pytest.approx(cosines(cir, content=[pictures[1], pictures[0], "red"]), abs=1e-5)
     assert both != pytest.approx(cosines(cir, content=[pictures[0], "red"]), abs=1e-4)
+    alone = cosines(cir, image=pictures[0])
+    for same in ([pictures[0], pictures[0]], [pictures[0], ""], [pictures[0], pictures[0], ""]):
+        assert cosines(cir, content=same) == pytest.approx(alone, abs=1e-5)
 
 
 def test_saving_a_pipeline_gives_a_folder_that_loads(cir, pictures, tmp_path):

@@ -1,0 +1,184 @@
+"""Metadata of a gallery's pictures: columns of numbers, truth values or texts, and conditions on them."""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Number
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pyarrow as pa
+
+
+FILE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+RESERVED = frozenset(
+    ("id", "path", "size", "mtime_ns", "content", "picture", "embedding", "score", "duplicates", "metadata", "image")
+)
+OPERATORS = ("=", "!=", "<", "<=", ">", ">=", "in", "not in")
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+Where = Mapping[str, object] | Sequence[tuple[str, str, object]]
+
+
+class MetadataError(ValueError):
+    """Metadata cannot be used; the message names file and column."""
+
+
+class Condition(NamedTuple):
+    """One of OPERATORS between a column and a value of the column's kind; a list of them with "in" and "not in"."""
+
+    column: str
+    operator: str
+    value: object
+
+
+def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, prefix: str) -> pd.DataFrame | None:
+    """Metadata by id from the given file, or from `root`'s own; None where there is none.
+
+    Raises:
+        MetadataError: naming the file, if it cannot be read, lacks `file_name`, or names a picture twice.
+    """
+    path = own_file(root) if given is None else Path(given)
+    if path is None:
+        return None
+    read = {
+        ".csv": lambda p: pd.read_csv(p, keep_default_na=False, na_values=[""]),
+        ".parquet": pd.read_parquet,
+        ".jsonl": lambda p: pd.read_json(p, lines=True, convert_dates=False),
+    }
+    if path.suffix not in read:
+        raise MetadataError(f"{path}: metadata is read from {', '.join(read)}")
+    try:
+        frame = read[path.suffix](path)
+    except (OSError, ValueError, pa.ArrowInvalid) as error:
+        raise MetadataError(f"{path} cannot be read: {error}") from error
+    if "file_name" not in frame.columns:
+        raise MetadataError(f"{path} has no column file_name; it has {', '.join(map(str, frame.columns))}")
+    names = prefix + frame.pop("file_name").astype(str)
+    twice = names[names.duplicated()]
+    if len(twice):
+        raise MetadataError(f"{path} names {twice.iloc[0]!r} more than once")
+    return tidy(frame.set_axis(names), str(path))
+
+
+def own_file(root: str | os.PathLike) -> Path | None:
+    """The file of metadata that a folder brings along."""
+    return next((path for name in FILE_NAMES if (path := Path(root) / name).is_file()), None)
+
+
+def tidy(frame: pd.DataFrame, source: str) -> pd.DataFrame:
+    """Columns of one kind each, with missing values as missing; a column of mixed values becomes text.
+
+    Raises:
+        MetadataError: for a column whose name a result has already.
+    """
+    taken = [str(name) for name in frame.columns if str(name) in RESERVED]
+    if taken:
+        raise MetadataError(f"{source}: a column may not be called {taken[0]!r}, as results have that; rename it")
+    columns = {}
+    for name in frame.columns:
+        column = frame[name]
+        try:
+            kind = pa.array(column, from_pandas=True).type
+            plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            plain = False
+        text = pd.Series([None if pd.isna(v) else str(v) for v in column.astype(object)], index=frame.index)
+        columns[str(name)] = column.convert_dtypes() if plain else text.astype("string")
+    return pd.DataFrame(columns, index=frame.index).rename_axis("id")
+
+
+def merged(old: pd.DataFrame, new: pd.DataFrame, replaced: set[str]) -> pd.DataFrame:
+    """`new` and those rows of `old` that it does not replace."""
+    kept = old[~old.index.isin(replaced | set(new.index))]
+    parts = [part for part in (kept, new) if len(part)]
+    return tidy(pd.concat(parts), "metadata") if parts else new.iloc[:0]
+
+
+def kinds_of(frame: pd.DataFrame) -> dict[str, str]:
+    """ "truth", "number" or "text" for each column."""
+    types = pd.api.types
+    return {
+        name: "truth" if types.is_bool_dtype(kind) else "number" if types.is_numeric_dtype(kind) else "text"
+        for name, kind in frame.dtypes.items()
+    }
+
+
+def conditions_of(where: Where | None, kinds: dict[str, str], gallery: str) -> list[Condition]:
+    """What a caller asks for, checked and with values of the columns' kinds.
+
+    Args:
+        where: {column: value}, {column: [value, ...]}, {column: (operator, value)}, or a list of (column, operator,
+            value).
+        kinds: of the columns, as `kinds_of` gives them.
+
+    Raises:
+        ValueError: for unknown columns and operators, and values that a column cannot be compared with.
+    """
+    found = []
+    for item in where.items() if isinstance(where, Mapping) else where or ():
+        column, operator, value = item if len(item) == 3 else (item[0], None, item[1])
+        if operator is None:
+            operator = "in" if isinstance(value, (list, set)) else "="
+            if isinstance(value, tuple):
+                if len(value) != 2:
+                    raise ValueError(f"condition {value!r} on {column!r}: write (operator, value)")
+                operator, value = value
+        operator = "=" if operator == "==" else operator
+        if column not in kinds:
+            raise ValueError(f"no column {column!r} in {gallery}; it has {', '.join(kinds) or 'none'}")
+        if operator not in OPERATORS:
+            raise ValueError(f"unknown operator {operator!r}; known are {' '.join(OPERATORS)}")
+        if (operator in ("in", "not in")) != isinstance(value, (list, set, tuple)):
+            raise ValueError(f"condition {operator!r} on {column!r}: a list goes with in and not in, they with a list")
+        if operator in ("in", "not in"):
+            value = [of_kind(one, kinds[column], column) for one in value]
+        else:
+            value = of_kind(value, kinds[column], column)
+        found.append(Condition(column, operator, value))
+    return found
+
+
+def of_kind(value, kind: str, column: str):
+    if kind == "truth" and str(value).lower() in TRUTH:
+        return TRUTH[str(value).lower()]
+    if kind == "number" and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value) if isinstance(value, str) else value if isinstance(value, Number) else float("x")
+    if kind == "text" and value is not None:
+        return str(value)
+    raise ValueError(f"column {column!r} holds {kind}s and cannot be compared with {value!r}")
+
+
+def matching(frame: pd.DataFrame, conditions: Sequence[Condition]) -> list[str]:
+    """Ids that meet all conditions; a picture without a value meets none."""
+    chosen = pd.Series(True, index=frame.index)
+    for column, operator, value in conditions:
+        values = frame[column]
+        compare = {
+            "=": values.eq,
+            "!=": values.ne,
+            "<": values.lt,
+            "<=": values.le,
+            ">": values.gt,
+            ">=": values.ge,
+            "in": values.isin,
+            "not in": lambda many, values=values: ~values.isin(many),
+        }
+        chosen &= compare[operator](value).fillna(False).astype(bool) & values.notna()
+    return chosen.index[chosen].tolist()
+
+
+def values_of(frame: pd.DataFrame, name: str) -> dict:
+    """A picture's values, None where it has none; {} for a gallery without columns."""
+    if name not in frame.index:
+        return dict.fromkeys(frame.columns)
+    values = {column: frame.at[name, column] for column in frame.columns}
+    return {k: None if pd.isna(v) else v.item() if hasattr(v, "item") else v for k, v in values.items()}
+
+
+def to_arrow(frame: pd.DataFrame, ids: Sequence[str] | None = None) -> pa.Table:
+    """The frame, or its rows of `ids` with missing ones as nulls; a column's type is the whole frame's."""
+    schema = pa.Schema.from_pandas(frame, preserve_index=False).remove_metadata()
+    rows = frame if ids is None else frame.reindex(list(ids))
+    return pa.Table.from_pandas(rows, schema=schema, preserve_index=False)
