@@ -492,21 +492,25 @@ class Gallery:
     def _best_rows(self, queries: torch.Tensor, k: int, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = None if wanted.all() else torch.from_numpy(~wanted)
         scores, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-        block: list[torch.Tensor] = []
+        # Two buffers for all shards: fresh memory for each would cost as much as the products.
+        largest = max(map(len, self.embeds))
+        single = torch.empty(largest, queries.shape[1])
+        block = torch.empty(len(queries), ROWS_AT_A_TIME + largest)
         start = end = 0
         for number, embeds in enumerate(self.embeds):
-            block.append(queries @ embeds.float().T)
+            shard = single[: len(embeds)].copy_(embeds)
+            block[:, end - start : end - start + len(embeds)] = queries @ shard.T
             end += len(embeds)
             if end - start < ROWS_AT_A_TIME and number < len(self.embeds) - 1:
                 continue
-            new = torch.cat(block, dim=1)
+            new = block[:, : end - start]
             if hidden is not None:
                 new.masked_fill_(hidden[start:end], -torch.inf)
             new, columns = best(new, min(k, end - start))
             rows = torch.cat([rows, columns + start], dim=1)
             scores, places = best(torch.cat([scores, new], dim=1), min(k, rows.shape[1]))
             rows = rows.gather(1, places)
-            block, start = [], end
+            start = end
         return scores, rows
 
     # ----- FAISS

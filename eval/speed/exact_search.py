@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modeling_tscir.gallery import FORMAT, Gallery, write_json, write_shard
-from modeling_tscir.gallery import SCHEMA as COLUMNS
+from modeling_tscir.gallery import FORMAT, Gallery
 from modeling_tscir.indexing import SHARD_SIZE
+from modeling_tscir.shards import SCHEMA, write_json, write_shard
 
 
 WIDTH = 768
@@ -40,7 +40,7 @@ def make_gallery(folder: Path, count: int) -> Gallery:
         columns = {"id": [f"{i:09d}.jpg" for i in rows], "path": [b"%d.jpg" % i for i in rows]}
         columns |= {"size": [1] * len(rows), "mtime_ns": [1] * len(rows), "picture": [None] * len(rows)}
         columns["content"] = [f"{i:032x}" for i in rows]
-        write_shard(folder / "shards" / f"{start // SHARD_SIZE:06d}", pa.table(columns, schema=COLUMNS), embeds)
+        write_shard(folder / "shards" / f"{start // SHARD_SIZE:06d}", pa.table(columns, schema=SCHEMA), embeds)
     return Gallery(folder)
 
 
