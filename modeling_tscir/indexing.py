@@ -270,6 +270,11 @@ def embed_chunk(chunk: Chunk, model, dtype: torch.dtype, bar: tqdm) -> torch.Ten
     for pixels in chunk.pixel_values():
         features = model.get_image_features(pixels.to(model.device, model.dtype))
         parts.append(F.normalize(features.float(), dim=-1).to("cpu", dtype))
+        if not torch.isfinite(parts[-1]).all():  # such a row would stand before all others in every search
+            names = ", ".join(row["id"] for row in chunk.rows[-len(pixels) :][:3])
+            raise GalleryError(
+                f"the model gives NaN or infinite values for pictures such as {names}; are its weights whole?"
+            )
         bar.update(len(pixels))
     return torch.cat(parts)
 
@@ -526,7 +531,7 @@ def embed_todo(
     total = sum(min(shard_size, len(plan.todo) - start) for start in starts)
     shown = progress and processes.main and total > 0
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
         tqdm(total=total, disable=not shown, unit="picture", desc="index", smoothing=0) as bar,
     ):
         for start in starts:

@@ -308,6 +308,13 @@ def test_a_gallery_stays_itself_when_the_working_directory_changes(make, tmp_pat
     assert gallery.metadata.loc["0.png", "price"] == 3
 
 
+def test_embeddings_that_are_no_numbers_are_refused(make, stage2):
+    with torch.no_grad():
+        stage2.clip.visual_projection.weight[0, 0] = torch.nan
+    with pytest.raises(GalleryError, match=r"NaN or infinite values for pictures such as 0\.png"):
+        make()
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"shard_size": -1}])
 def test_sizes_are_positive(make, options):
     with pytest.raises(GalleryError, match="at least 1"):
