@@ -57,8 +57,6 @@ class MilvusGallery:
     @classmethod
     def create(cls, uri: str, model, processor, dtype: str = "float32") -> "MilvusGallery":
         """An empty gallery. `dtype` is float32, as Milvus's exact index has it."""
-        from pymilvus import DataType, MilvusClient
-
         from . import __version__
 
         uri = os.fspath(uri)
@@ -67,6 +65,8 @@ class MilvusGallery:
         if holds_gallery(uri):
             raise GalleryError(f"{uri} is there already")
         client = connect(address)
+        from pymilvus import DataType, MilvusClient
+
         for name in (collection, f"{collection}_info"):  # of one that was interrupted before it was a gallery
             client.drop_collection(name)
         size = model.config.clip_config.projection_dim

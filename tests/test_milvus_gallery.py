@@ -1,4 +1,5 @@
 import shutil
+import sys
 
 import numpy as np
 import pandas as pd
@@ -107,6 +108,12 @@ def test_refusals(both, stage2, clip_dir, tmp_path, pictures):
         with pytest.raises(ValueError):
             remote.search(QUERIES, where=where)
     assert not (tmp_path / "none.db").exists()  # nothing is made by looking
+
+
+def test_without_pymilvus_one_is_told_what_to_install(stage2, processor, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    with pytest.raises(GalleryError, match=r"pip install 'tscir\[milvus\]'"):
+        MilvusGallery.open_or_create(str(tmp_path / "g.db"), stage2, processor)
 
 
 def test_one_whose_making_was_interrupted_is_made_anew(stage2, processor, picture_folder, tmp_path):
