@@ -31,7 +31,7 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 before, start = peak(), time.perf_counter()
 gallery = Gallery.open_or_create(sys.argv[3], cir.model, cir.processor)
-report = gallery.add(sys.argv[2], cir.model, cir.processor, progress=False)
+report = gallery.add(sys.argv[2], cir.model, cir.processor, progress=False, shard_size=int(sys.argv[4]))
 seconds = time.perf_counter() - start
 start = time.perf_counter()
 cir.index(gallery)(text="a red star", top_k=10)
@@ -53,8 +53,8 @@ def make_pictures(folder: Path, count: int) -> None:
         small.resize((64, 64)).save(path, quality=80)
 
 
-def command(folder: Path, gallery: Path) -> list[str]:
-    return [sys.executable, "-c", INDEX, str(MODEL), str(folder), str(gallery)]
+def command(folder: Path, gallery: Path, shard_size: int = 2048) -> list[str]:
+    return [sys.executable, "-c", INDEX, str(MODEL), str(folder), str(gallery), str(shard_size)]
 
 
 def index(folder: Path, gallery: Path) -> dict:
@@ -85,12 +85,13 @@ def main() -> None:
             cells = [f"{run['pictures']:,}", f"{run['seconds']:.1f}", f"{run['pictures'] / run['seconds']:.0f}"]
             cells += [f"{run['peak_mib']:.0f}", f"{run['before_mib']:.0f}", f"{run['search_ms']:.0f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
+        # Killed when half of the shards are there, of which there are eight at least.
         total, gallery = run["pictures"], root / "interrupted"
+        shard_size = min(2048, max(1, total // 8))
         process = subprocess.Popen(
-            command(folder, gallery), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            command(folder, gallery, shard_size), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
-        shards = -(-total // 2048)
-        while process.poll() is None and len(list(gallery.glob("shards/[0-9]*"))) < max(1, shards // 2):
+        while process.poll() is None and len(list(gallery.glob("shards/[0-9]*"))) < total // shard_size // 2:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
