@@ -580,7 +580,7 @@ def test_a_reader_follows_a_writer_that_rewrites_shards(make, picture_folder, st
 
     reader = threading.Thread(target=read)
     reader.start()
-    for number in range(15):
+    for number in range(6):
         noise(number).save(picture_folder / "0.png")
         gallery.add(picture_folder, stage2, processor, progress=False)
     stop.set()
