@@ -27,7 +27,10 @@ from transformers.utils import logging
 
 from . import gallery_index as faiss_index
 from .backbone import backbone_fingerprint
+from .exact_search import search_exactly
 from .feature_cache import MADE_BY, digest, preprocessing_of
+from .files import File
+from .gallery_rows import Rows
 from .images import load_image
 from .metadata import Where, conditions_of, kinds_of, matching, merged, tidy, to_arrow, values_of
 from .shards import (
@@ -48,7 +51,6 @@ from .shards import (
 logger = logging.get_logger(__name__)
 FORMAT = 1
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-QUERIES_AT_A_TIME, ROWS_AT_A_TIME = 64, 65_536
 
 
 def fingerprint_of(model, processor) -> dict[str, str]:
@@ -208,7 +210,7 @@ class Gallery:
             KeyError: with the ids that are not there.
         """
         with self.locked():
-            unknown = [i for i in ids if i not in self.row_of]
+            unknown = self.unknown(ids)
             if unknown:
                 raise KeyError(f"{self.folder} holds no {', '.join(map(repr, unknown[:5]))} ({len(unknown)} unknown)")
             self.forget(set(ids))
@@ -233,35 +235,43 @@ class Gallery:
             if embeds.shape != (len(table), self.info["dimensions"]):
                 raise GalleryError(f"{path} has {len(table)} rows, but embeddings {tuple(embeds.shape)}; remove it")
         self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        ids = self.table["id"].to_pylist()
-        self.row_of = {name: row for row, name in enumerate(ids)}  # of equal ids the last
-        self.live = np.zeros(len(ids), dtype=bool)
-        self.live[list(self.row_of.values())] = True
-        contents = self.table["content"].combine_chunks().dictionary_encode()
-        self.content = np.asarray(contents.indices) if len(ids) else np.empty(0, dtype=np.int32)
+        self.rows = Rows(self.table)
         self._metadata = None
         self._index = None
         self._everything = None
 
     def __contains__(self, name: str) -> bool:
-        return name in self.row_of
+        return self.row(name) is not None
 
     def __str__(self) -> str:
         return str(self.folder)
 
-    def known(self) -> dict[str, tuple[bytes | None, int, int, str]]:
-        """Path, size in bytes, time of change in nanoseconds and content of each id's file."""
-        columns = (self.table[name].to_pylist() for name in ("path", "size", "mtime_ns", "content"))
-        rows = list(zip(*columns, strict=True))
-        return {name: rows[row] for name, row in self.row_of.items()}
+    def row(self, name: str) -> int | None:
+        """The row of an id, None for an unknown one."""
+        row = int(self.rows.of([name])[0])
+        return None if row < 0 else row
+
+    def unknown(self, ids: Sequence[str]) -> list[str]:
+        """Those of some ids that are not there."""
+        return [name for name, row in zip(ids, self.rows.of(ids), strict=True) if row < 0]
+
+    def files(self) -> Iterator[File]:
+        """Each row's file, shard by shard; of equal ids the last holds."""
+        for batch in self.table.select(list(File._fields)).to_batches():
+            yield from map(File._make, zip(*(batch.column(name).to_pylist() for name in File._fields), strict=True))
+
+    def content(self, name: str) -> str | None:
+        """The digest of an id's picture, None for an unknown id."""
+        row = self.row(name)
+        return None if row is None else self.table["content"][row].as_py()
 
     def __len__(self) -> int:
-        return int(self.live.sum())
+        return int(self.rows.live.sum())
 
     @property
     def ids(self) -> list[str]:
         """Ids of the pictures, in the gallery's order."""
-        return self.table["id"].take(np.flatnonzero(self.live)).to_pylist()
+        return self.table["id"].take(np.flatnonzero(self.rows.live)).to_pylist()
 
     @property
     def metadata(self) -> pd.DataFrame:
@@ -280,7 +290,7 @@ class Gallery:
     def set_metadata(self, frame: pd.DataFrame | None = None, replaced: set[str] = frozenset()) -> None:
         """Put `frame`'s rows, by id, in place of those of its ids and of `replaced`; keep that of other pictures."""
         new = self.metadata if frame is None else merged(self.metadata, frame, replaced)
-        new = new[new.index.isin(self.row_of.keys())]
+        new = new[self.rows.of(new.index) >= 0]
         if len(new.columns):
             table = to_arrow(new).add_column(0, "id", pa.array(new.index, pa.string()))
             write_stream(table, self.folder / "metadata.arrow")
@@ -288,20 +298,9 @@ class Gallery:
 
     def dataset(self):
         """The gallery as a `datasets.Dataset`: id, path, content, the metadata, and "embedding"."""
-        import datasets
+        from .gallery_export import to_dataset
 
-        rows = np.flatnonzero(self.live)
-        paths = pa.array([self.path(row) for row in rows], pa.string())
-        table = self.table.select(["id", "content"]).take(rows).append_column("path", paths)
-        return datasets.Dataset(self._with_more(table, self.vectors(rows)))
-
-    def _with_more(self, table: pa.Table, embeds: torch.Tensor) -> pa.Table:
-        """`table` and its pictures' metadata and embeddings [n, D], in fp32."""
-        more = to_arrow(self.metadata, table["id"].to_pylist())
-        for name in more.column_names:
-            table = table.append_column(name, more[name])
-        values = pa.array(embeds.float().numpy().reshape(-1))
-        return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, embeds.shape[1]))
+        return to_dataset(self)
 
     def to_parquet(self, path: str | os.PathLike) -> None:
         """Write everything to one Parquet file that other engines read, a shard at a time: id, path, size, mtime_ns,
@@ -310,53 +309,20 @@ class Gallery:
         Raises:
             GalleryError: if the gallery is empty.
         """
-        import pyarrow.parquet as pq
+        from .gallery_export import to_parquet
 
-        if not len(self):
-            raise GalleryError(f"{self.folder} is empty")
-        part = Path(f"{path}.part")
-        kept = {k: self.info[k] for k in ("fingerprint", "dimensions", "dtype", "backbone", "model") if k in self.info}
-        empty = self._with_more(SCHEMA.empty_table(), torch.empty(0, self.info["dimensions"]))
-        start = 0
-        with pq.ParquetWriter(part, empty.schema.with_metadata({"tscir": json.dumps(kept)})) as writer:
-            for embeds in self.embeds:
-                rows = np.flatnonzero(self.live[start : start + len(embeds)])
-                table = self.table.slice(start, len(embeds)).take(rows)
-                writer.write_table(self._with_more(table, embeds[torch.from_numpy(rows)]).cast(writer.schema))
-                start += len(embeds)
-        os.replace(part, path)
+        to_parquet(self, path)
 
-    @classmethod
-    def from_parquet(cls, path: str | os.PathLike, folder: str | os.PathLike) -> "Gallery":
+    @staticmethod
+    def from_parquet(path: str | os.PathLike, folder: str | os.PathLike) -> "Gallery":
         """A gallery in a new folder from what `to_parquet` wrote.
 
         Raises:
             GalleryError: if the file is no such file, or the folder is not new.
         """
-        import pyarrow.parquet as pq
+        from .gallery_export import from_parquet
 
-        from . import __version__
-
-        try:
-            file = pq.ParquetFile(path)
-            kept = json.loads(file.schema_arrow.metadata[b"tscir"])
-        except (OSError, KeyError, TypeError, pa.ArrowInvalid) as error:
-            raise GalleryError(f"{path} is no Parquet file of a gallery's: {error!r}") from error
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()):
-            raise GalleryError(f"{folder} is not empty; name a new folder")
-        (folder / "shards").mkdir(parents=True, exist_ok=True)
-        for number in range(file.num_row_groups):
-            table = file.read_row_group(number)
-            values = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
-            embeds = torch.from_numpy(values.copy()).to(DTYPES[kept["dtype"]])
-            write_shard(folder / "shards" / f"{number:06d}", table.select(SCHEMA.names).cast(SCHEMA), embeds)
-        write_json(folder / "gallery.json", {"format": FORMAT, **kept, "tscir_version": __version__})
-        gallery = cls(folder)
-        others = [name for name in file.schema_arrow.names if name not in (*SCHEMA.names, "embedding")]
-        if others:
-            gallery.set_metadata(tidy(file.read(["id", *others]).to_pandas().set_index("id"), str(path)))
-        return gallery
+        return from_parquet(path, folder)
 
     def vectors(self, rows: np.ndarray) -> torch.Tensor:
         """Embeddings [n, D] of rows, as stored."""
@@ -379,7 +345,9 @@ class Gallery:
 
     def source(self, name: str) -> str | bytes:
         """Where the picture of an id is: its file's path, or its encoded bytes. Raises `KeyError` for unknown ids."""
-        row = self.row_of[name]
+        row = self.row(name)
+        if row is None:
+            raise KeyError(name)
         path = self.path(row)
         return self.table["picture"][row].as_py() if path is None else path
 
@@ -398,9 +366,9 @@ class Gallery:
 
     def duplicates(self) -> list[list[str]]:
         """Groups of ids whose files have the same bytes."""
-        rows = np.flatnonzero(self.live)
-        order = rows[np.argsort(self.content[rows], kind="stable")]
-        groups = np.split(order, np.flatnonzero(np.diff(self.content[order])) + 1) if len(order) else []
+        rows = np.flatnonzero(self.rows.live)
+        order = rows[np.argsort(self.rows.content[rows], kind="stable")]
+        groups = np.split(order, np.flatnonzero(np.diff(self.rows.content[order])) + 1) if len(order) else []
         return [self.table["id"].take(group).to_pylist() for group in groups if len(group) > 1]
 
     # ----- search
@@ -433,14 +401,14 @@ class Gallery:
         """
         check_search(queries, top_k, exclude, self.info["dimensions"])
         first, others = self._wanted(where)
-        hidden = [self.content[self.row_of[name]] for name in exclude if name in self.row_of]
-        if hidden:
-            first = first & ~np.isin(self.content, hidden)
+        excluded = self.rows.of(exclude)
+        if (excluded >= 0).any():
+            first = first & ~np.isin(self.rows.content, self.rows.content[excluded[excluded >= 0]])
         queries = queries.float().cpu()
         index = None if exact or where else self._faiss()
         k = min(top_k, int(first.sum()))
         if index is None:
-            scores, rows = self._search_exactly(queries, k, first)
+            scores, rows = search_exactly(self.embeds, queries, k, first)
         else:
             scores, rows = self._search_index(index, queries, k, first)
         return [
@@ -450,7 +418,7 @@ class Gallery:
 
     def _result(self, score: float, row: int, others: dict[int, list[int]]) -> dict:
         name = self.table["id"][row].as_py()
-        same = [other for other in others.get(int(self.content[row]), []) if other != row]
+        same = [other for other in others.get(int(self.rows.content[row]), []) if other != row]
         return {
             "score": score,
             "id": name,
@@ -463,55 +431,23 @@ class Gallery:
         """Which rows take part, the first of each content, and all rows of those contents that several have."""
         if not where and self._everything is not None:
             return self._everything
-        allowed = self.live
+        allowed = self.rows.live
         if where:
             conditions = conditions_of(where, kinds_of(self.metadata), str(self))
-            found = [self.row_of[name] for name in matching(self.metadata, conditions) if name in self.row_of]
-            allowed = np.zeros(len(self.live), dtype=bool)
-            allowed[found] = True
+            found = self.rows.of(matching(self.metadata, conditions))
+            allowed = np.zeros(len(self.rows.live), dtype=bool)
+            allowed[found[found >= 0]] = True
         rows = np.flatnonzero(allowed)
-        _, firsts, counts = np.unique(self.content[rows], return_index=True, return_counts=True)
+        _, firsts, counts = np.unique(self.rows.content[rows], return_index=True, return_counts=True)
         first = np.zeros(len(allowed), dtype=bool)
         first[rows[firsts]] = True
-        several = self.content[rows[firsts[counts > 1]]]
+        several = self.rows.content[rows[firsts[counts > 1]]]
         others: dict[int, list[int]] = {}
-        for row in rows[np.isin(self.content[rows], several)]:
-            others.setdefault(int(self.content[row]), []).append(int(row))
+        for row in rows[np.isin(self.rows.content[rows], several)]:
+            others.setdefault(int(self.rows.content[row]), []).append(int(row))
         if not where:
             self._everything = first, others
         return first, others
-
-    def _search_exactly(self, queries: torch.Tensor, k: int, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores and rows [Q, k]. Memory holds the scores of some ten thousand rows beside the best so far."""
-        if k == 0 or not len(queries):
-            return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-        found = [self._best_rows(part, k, wanted) for part in queries.split(QUERIES_AT_A_TIME)]
-        scores, rows = zip(*found, strict=True)
-        return torch.cat(scores), torch.cat(rows)
-
-    def _best_rows(self, queries: torch.Tensor, k: int, wanted: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = None if wanted.all() else torch.from_numpy(~wanted)
-        scores, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
-        # Two buffers for all shards: fresh memory for each would cost as much as the products.
-        largest = max(map(len, self.embeds))
-        single = torch.empty(largest, queries.shape[1])
-        block = torch.empty(len(queries), ROWS_AT_A_TIME + largest)
-        start = end = 0
-        for number, embeds in enumerate(self.embeds):
-            shard = single[: len(embeds)].copy_(embeds)
-            block[:, end - start : end - start + len(embeds)] = queries @ shard.T
-            end += len(embeds)
-            if end - start < ROWS_AT_A_TIME and number < len(self.embeds) - 1:
-                continue
-            new = block[:, : end - start]
-            if hidden is not None:
-                new.masked_fill_(hidden[start:end], -torch.inf)
-            new, columns = best(new, min(k, end - start))
-            rows = torch.cat([rows, columns + start], dim=1)
-            scores, places = best(torch.cat([scores, new], dim=1), min(k, rows.shape[1]))
-            rows = rows.gather(1, places)
-            start = end
-        return scores, rows
 
     # ----- FAISS
 
@@ -527,7 +463,7 @@ class Gallery:
         """
         with self.locked():
             rng = np.random.default_rng(0)
-            rows = np.flatnonzero(self.live)
+            rows = np.flatnonzero(self.rows.live)
             if not len(rows):
                 raise GalleryError(f"{self.folder} is empty; index some pictures first")
             sample = np.sort(rng.choice(rows, min(len(rows), faiss_index.TRAINING_ROWS), replace=False))
@@ -538,7 +474,7 @@ class Gallery:
             queries = torch.nn.functional.normalize(between, dim=-1)
             wanted = self._wanted(None)[0]
             k = min(10, int(wanted.sum()))
-            _, exact = self._search_exactly(queries, k, wanted)
+            _, exact = search_exactly(self.embeds, queries, k, wanted)
             _, found = self._search_index(index, queries, k, wanted)
             hits = [len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
             # A name of its own, so that a process which opened the gallery earlier never reads another's index.
@@ -587,7 +523,7 @@ class Gallery:
         return self._index
 
     def _search_index(self, index, queries: torch.Tensor, k: int, wanted: np.ndarray):
-        """As `_search_exactly`, among what the index finds; row -1 where that is fewer than k."""
+        """As `search_exactly`, among what the index finds; row -1 where that is fewer than k."""
         scores = torch.full((len(queries), k), -torch.inf)
         rows = torch.full((len(queries), k), -1, dtype=torch.long)
         for number, found in enumerate(faiss_index.candidates(index, queries, k, wanted) if k else []):
@@ -640,14 +576,13 @@ class Gallery:
 
     def forget(self, ids: set[str]) -> None:
         """Rewrite the shards that hold dead rows, or rows of `ids`, without them."""
-        if not ids and self.live.all():
+        if not ids and self.rows.live.all():
             return
         self.remember(last_shard=self.next_shard() - 1)
-        for name in ids:
-            self.live[self.row_of[name]] = False
+        self.rows.live[self.rows.of(list(ids))] = False
         start = 0
         for path, embeds in zip(self.shards, self.embeds, strict=True):
-            live = self.live[start : start + len(embeds)]
+            live = self.rows.live[start : start + len(embeds)]
             if not live.all():
                 rows = np.flatnonzero(live)
                 table = self.table.slice(start, len(embeds)).take(rows)
@@ -657,7 +592,7 @@ class Gallery:
 
     def set_paths(self, paths: dict[str, bytes]) -> None:
         """Where pictures, by their ids, lie now."""
-        rows = {self.row_of[name]: path for name, path in paths.items()}
+        rows = dict(zip(self.rows.of(list(paths)).tolist(), paths.values(), strict=True))
         start = 0
         for shard, embeds in zip(self.shards, self.embeds, strict=True):
             places = range(start, start + len(embeds))
@@ -681,19 +616,3 @@ def check_search(queries: torch.Tensor, top_k: int, exclude: Sequence[str], dime
         raise ValueError("exclude is a list of ids, not one id")
     if not torch.isfinite(queries).all():
         raise ValueError("queries hold NaN or infinite values")
-
-
-def best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and columns [Q, k] of the k highest of each row; of equal scores the first column comes first."""
-    values, columns = torch.topk(scores, k, dim=1)
-    # topk takes any of those that tie with its last; take the first of them, then sort ties by column.
-    for row in torch.nonzero((scores >= values[:, -1:]).sum(1) > k).flatten().tolist() if k else []:
-        last = values[row, -1]
-        above = torch.nonzero(scores[row] > last).flatten()
-        tied = torch.nonzero(scores[row] == last).flatten()[: k - len(above)]
-        columns[row] = torch.cat([above, tied])
-        values[row] = scores[row, columns[row]]
-    by_column = columns.argsort(dim=1)
-    values, columns = values.gather(1, by_column), columns.gather(1, by_column)
-    order = values.argsort(dim=1, descending=True, stable=True)
-    return values.gather(1, order), columns.gather(1, order)

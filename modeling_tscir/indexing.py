@@ -2,15 +2,11 @@
 processes, with every file that could not be used named and explained."""
 
 import contextlib
-import functools
-import hashlib
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -19,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .embedding import prefetched
+from .files import File, FileList, below_of, content_digest, find_files, gone_from, read_file, same_file
 from .gallery import DTYPES, Gallery, GalleryError
 from .images import EXTENSIONS, load_image
 from .metadata import own_file, read_metadata, tidy
@@ -26,16 +23,6 @@ from .metadata import own_file, read_metadata, tidy
 
 logger = logging.get_logger(__name__)
 SHARD_SIZE = 2048
-MAX_FILE_BYTES = 256 * 2**20
-
-
-class File(NamedTuple):
-    """A picture's file as it was found."""
-
-    id: str
-    path: bytes
-    size: int
-    mtime_ns: int
 
 
 @dataclass
@@ -94,126 +81,23 @@ def printable(name: str) -> str:
     return name if name.isprintable() else name.encode("unicode_escape").decode()
 
 
-class Found(NamedTuple):
-    """A folder's pictures and all else that was met on the way."""
-
-    files: list[File]
-    unreadable: list[dict[str, str]]
-    linked: list[str]
-    other: Counter
-    closed_folders: list[str]
-
-
-def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
-    """Every picture in `root` and below, in order of their names, each file's name and state only.
-
-    Folders are followed through symbolic links, each once, so that a loop ends.
-
-    Raises:
-        GalleryError: if `root` is no folder or cannot be read.
-    """
-    top = os.fsencode(os.path.abspath(root))
-    if not os.path.isdir(top):
-        raise GalleryError(f"{root} is not a folder")
-    found = Found([], [], [], Counter(), [])
-    seen: set[tuple[int, int]] = set()
-    names: dict[str, bytes] = {}
-
-    def note(path: bytes, reason: str) -> None:
-        found.unreadable.append({"id": name_of(path, top, prefix), "reason": reason})
-
-    waiting, linked = [top], []
-    while waiting or linked:
-        folder = waiting.pop() if waiting else linked.pop(0)  # links last, so that a folder goes by its own name
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                found.linked.append(name_of(folder, top, prefix))
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            if folder == top:
-                raise GalleryError(f"{root} cannot be read: {error.strerror}") from error
-            note(folder, f"a folder that cannot be read: {error.strerror}")
-            found.closed_folders.append(name_of(folder, top, prefix))
-            continue
-        folders = []
-        for entry in entries:
-            try:
-                status = entry.stat()
-            except OSError as error:
-                note(entry.path, f"cannot be reached: {error.strerror}")
-                found.closed_folders.append(name_of(entry.path, top, prefix))  # it may have been one
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                (linked if entry.is_symlink() else folders).append(entry.path)
-                continue
-            extension = os.path.splitext(entry.name)[1].lower().decode("utf-8", "backslashreplace")
-            if extension not in EXTENSIONS:
-                found.other[extension] += 1
-            elif not stat.S_ISREG(status.st_mode):
-                note(entry.path, "no regular file")
-            else:
-                name = name_of(entry.path, top, prefix)
-                if name in names:
-                    note(entry.path, f"another file has the same id, {os.fsdecode(names[name])!r}")
-                    continue
-                names[name] = entry.path
-                found.files.append(File(name, entry.path, status.st_size, status.st_mtime_ns))
-        waiting += reversed(folders)
-    return found
-
-
-def name_of(path: bytes, top: bytes, prefix: str) -> str:
-    """A file's id: its path within the indexed folder; bytes that are not UTF-8 are written as \\xNN."""
-    relative = os.path.relpath(path, top).replace(os.fsencode(os.sep), b"/")
-    return prefix + relative.decode("utf-8", "backslashreplace")
-
-
-def read_file(path: bytes) -> tuple[bytes, os.stat_result]:
-    """A file's bytes and its state, the same before and after. Raises `ValueError` with the reason."""
-    for _ in range(2):
-        try:
-            with open(path, "rb") as file:
-                before = os.fstat(file.fileno())
-                if before.st_size > MAX_FILE_BYTES:
-                    raise ValueError(f"larger than {MAX_FILE_BYTES >> 20} MiB")
-                content = file.read(MAX_FILE_BYTES + 1)
-            after = os.stat(path)
-        except FileNotFoundError as error:
-            raise ValueError("it went away while the folder was indexed") from error
-        except OSError as error:
-            raise ValueError(f"cannot be read: {error.strerror}") from error
-        if (
-            (before.st_size, before.st_mtime_ns)
-            == (after.st_size, after.st_mtime_ns)
-            == (
-                len(content),
-                before.st_mtime_ns,
-            )
-        ):
-            return content, before
-    raise ValueError("it changed while it was read; index again when it is whole")
-
-
-def content_digest(content: bytes) -> str:
-    """Thirty-two hexadecimal digits; equal for files of equal bytes."""
-    return hashlib.sha256(content).hexdigest()[:32]
-
-
 class Chunk:
     """The coming rows of one shard, read and decoded in threads, batch by batch.
 
     Args:
         items: files, or rows of a dataset as (id, {"bytes", "path"}).
-        contents: by id, of the pictures that the gallery has; those of a dataset that are the same are passed over.
+        content_of: the digest of an id's picture that is there already; one that is the same is passed over.
     """
 
     def __init__(
-        self, items: Sequence, contents: dict[str, str], processor, batch_size: int, pool: ThreadPoolExecutor
+        self,
+        items: Sequence,
+        content_of: Callable[[str], str | None],
+        processor,
+        batch_size: int,
+        pool: ThreadPoolExecutor,
     ):
-        self.items, self.contents, self.processor = items, contents, processor
+        self.items, self.content_of, self.processor = items, content_of, processor
         self.batch_size, self.pool = batch_size, pool
         self.rows: list[dict] = []
         self.same: list[str] = []
@@ -239,7 +123,7 @@ class Chunk:
             row, content = self._file(item) if isinstance(item, File) else self._dataset_row(item)
             if not content:
                 raise ValueError("empty")
-            if self.contents.get(row["id"]) == row["content"]:
+            if not isinstance(item, File) and self.content_of(row["id"]) == row["content"]:
                 return row["id"]
             return row, self.processor.pixel_values([load_image(content)])
         except ValueError as error:
@@ -386,16 +270,6 @@ class DatasetRows(Sequence):
     def __getitem__(self, chosen: slice) -> list[tuple]:
         return list(zip(self.names[chosen], self.rows[chosen][self.image_column], strict=True))
 
-    def ids(self) -> set[str]:
-        return set(self.names)
-
-
-class Files(list):
-    """Files to be read."""
-
-    def ids(self) -> set[str]:
-        return {file.id for file in self}
-
 
 @dataclass
 class Plan:
@@ -403,36 +277,37 @@ class Plan:
 
     Args:
         todo: files, or rows of a dataset, to read and, unless they are there, to embed.
-        contents: by id, of a dataset's pictures that are there.
+        replacing: how many of them have an id that is there already.
         gone: ids whose files are no longer there.
         moved: ids whose files are unchanged at another path.
         metadata: by id, or None; it replaces that of `described`.
         unchanged: how many files are as they were.
-        found: what was met in the folder.
+        unreadable, linked, other_files: as in `Report`, of what was met in the folder.
     """
 
-    todo: Files | DatasetRows
-    contents: dict[str, str] = field(default_factory=dict)
+    todo: FileList | DatasetRows
+    replacing: int = 0
     gone: set[str] = field(default_factory=set)
     moved: dict[str, bytes] = field(default_factory=dict)
     metadata: pd.DataFrame | None = None
     described: set[str] = field(default_factory=set)
     unchanged: int = 0
-    found: Found = field(default_factory=lambda: Found([], [], [], Counter(), []))
+    unreadable: list[dict[str, str]] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
+    other_files: dict[str, int] = field(default_factory=dict)
 
     def report(self, gallery: Gallery, same: list[str], unreadable: list[dict[str, str]]) -> Report:
         """`gallery` as it was before; `same` and `unreadable` as they were met while reading."""
-        done = self.todo.ids() - {bad["id"] for bad in unreadable} - set(same)
-        changed = sum(name in gallery for name in done)
+        changed = self.replacing - len(same) - sum(bad["id"] in gallery for bad in unreadable)
         return Report(
-            added=len(done) - changed,
+            added=len(self.todo) - len(same) - len(unreadable) - changed,
             changed=changed,
             unchanged=self.unchanged + len(same),
             removed=len(self.gone),
             moved=len(self.moved),
-            unreadable=sorted(self.found.unreadable + unreadable, key=lambda bad: bad["id"]),
-            linked=self.found.linked,
-            other_files=dict(self.found.other.most_common()),
+            unreadable=sorted(self.unreadable + unreadable, key=lambda bad: bad["id"]),
+            linked=self.linked,
+            other_files=self.other_files,
             metadata_rows=None if self.metadata is None else len(self.metadata),
         )
 
@@ -453,42 +328,32 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
         found.other[own.suffix] -= 1
         if not found.other[own.suffix]:
             del found.other[own.suffix]
-    known = gallery.known()
-    todo, moved = Files(), {}
-    for file in found.files:
-        path, *state = known.get(file.id, (file.path, None, None))
-        same = state[:2] == [file.size, file.mtime_ns]
-        if path != file.path and (path is None or not same_file(path, file.path)):
+    found.files.compare(gallery.files())
+    moved = {}
+    for file, path, same in found.files.elsewhere():
+        if path is None or not same_file(path, file.path):
             if path is None or os.path.lexists(path):
                 other = "a dataset" if path is None else os.fsdecode(path)
                 raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
             if same:
                 moved[file.id] = file.path
-        if not same:
-            todo.append(file)
-    unchanged = len(found.files) - len(todo)
-    here = {file.id for file in found.files}
-    found.files.clear()  # a folder's may be many, and memory is wanted for what comes
-    top = os.path.join(os.path.realpath(os.fsencode(root)), b"")
-    closed = tuple(f"{name}/" for name in found.closed_folders)
-    real = functools.cache(os.path.realpath)  # of folders, of which there are few
-    below = {
-        name: path
-        for name, (path, *_) in known.items()
-        if path and os.path.join(real(os.path.dirname(path)), b"").startswith(top)
-    }
-    gone = {
-        name
-        for name in below.keys() - here
-        if not name.startswith(closed) and name not in found.closed_folders and not os.path.lexists(below[name])
-    }
-    described = here | below.keys() if frame is not None else set()
-    return Plan(todo, {}, gone, moved, frame, described, unchanged, found)
-
-
-def same_file(path: bytes, other: bytes) -> bool:
-    """Whether two names lead to one file."""
-    return os.path.realpath(path) == os.path.realpath(other)
+    todo, replacing = found.files.new_or_changed()
+    described = set()
+    if frame is not None:
+        below = below_of(root)
+        described = found.files.ids() | {name for name, path in found.files.before() if below(path)}
+    return Plan(
+        todo,
+        replacing,
+        gone_from(root, found),
+        moved,
+        frame,
+        described,
+        unchanged=len(found.files) - len(todo),
+        unreadable=found.unreadable,
+        linked=found.linked,
+        other_files=dict(found.other.most_common()),
+    )
 
 
 def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_column: str) -> Plan:
@@ -507,15 +372,14 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     if len(set(ids)) != len(ids):
         twice = next(name for name, count in Counter(ids).items() if count > 1)
         raise GalleryError(f"column {id_column!r} holds {twice!r} more than once; ids must differ")
-    known = gallery.known()
-    files = [name for name in ids if name in known and known[name][0] is not None]
+    there = [(name, row) for name, row in zip(ids, gallery.rows.of(ids).tolist(), strict=True) if row >= 0]
+    files = [name for name, row in there if gallery.path(row) is not None]
     if files:
         raise GalleryError(f"{gallery} holds {files[0]!r} already ({len(files)} ids of files); use another prefix")
     others = [c for c in rows.column_names if c not in (image_column, id_column)]
     frame = tidy(rows.select_columns(others).to_pandas().set_axis(ids), "the dataset") if others else None
     pictures = rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
-    contents = {name: known[name][3] for name in ids if name in known}
-    return Plan(DatasetRows(pictures, image_column, ids), contents, metadata=frame)
+    return Plan(DatasetRows(pictures, image_column, ids), len(there), metadata=frame)
 
 
 def embed_todo(
@@ -536,7 +400,7 @@ def embed_todo(
     ):
         for start in starts:
             items = plan.todo[start : start + shard_size]
-            chunk = Chunk(items, plan.contents, processor, batch_size, pool)
+            chunk = Chunk(items, gallery.content, processor, batch_size, pool)
             embeds = embed_chunk(chunk, model, dtype, bar)
             same += chunk.same
             unreadable += chunk.unreadable
@@ -549,13 +413,14 @@ def embed_todo(
 def finish(gallery: Gallery, plan: Plan, report: Report) -> None:
     """Read the new shards, forget what is gone, changed or not readable any more, and write the rest."""
     gallery.reload()
-    old = {name for name in plan.gone | {bad["id"] for bad in report.unreadable} if name in gallery}
+    old = plan.gone | {bad["id"] for bad in report.unreadable}
+    old -= set(gallery.unknown(list(old)))
     gallery.forget(old)
     if plan.moved:
         gallery.set_paths(plan.moved)
     gallery.set_unreadable(report.unreadable)
     if plan.metadata is not None:
-        report.metadata_without_picture = [name for name in plan.metadata.index if name not in gallery]
+        report.metadata_without_picture = gallery.unknown(plan.metadata.index)
     if plan.metadata is not None or old:
         gallery.set_metadata(plan.metadata, plan.described)
     if len(plan.todo) or old:

@@ -1,6 +1,7 @@
 """Metadata of a gallery's pictures: columns of numbers, truth values or texts, and conditions on them."""
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Number
@@ -44,7 +45,7 @@ def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, pref
     read = {
         ".csv": lambda p: pd.read_csv(p, keep_default_na=False, na_values=[""]),
         ".parquet": pd.read_parquet,
-        ".jsonl": lambda p: pd.read_json(p, lines=True, convert_dates=False),
+        ".jsonl": read_json_lines,
     }
     if path.suffix not in read:
         raise MetadataError(f"{path}: metadata is read from {', '.join(read)}")
@@ -59,6 +60,21 @@ def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, pref
     if len(twice):
         raise MetadataError(f"{path} names {twice.iloc[0]!r} more than once")
     return tidy(frame.set_axis(names), str(path))
+
+
+def read_json_lines(path: Path) -> pd.DataFrame:
+    """Values as they are written, with dates as texts. Raises `ValueError` naming the line."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"line {number}: {error}") from error
+                if not isinstance(rows[-1], dict):
+                    raise ValueError(f"line {number} is no JSON object")
+    return pd.DataFrame(rows)
 
 
 def own_file(root: str | os.PathLike) -> Path | None:

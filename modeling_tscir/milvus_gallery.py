@@ -14,6 +14,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import torch
 
+from .files import File
 from .gallery import FORMAT, Gallery, check_search, fingerprint_of
 from .images import load_image
 from .metadata import Condition, Where, conditions_of, kinds_of, values_of
@@ -160,10 +161,20 @@ class MilvusGallery:
         """Ids of the pictures, sorted."""
         return sorted(row["id"] for row in self._rows(["id"]))
 
-    def known(self) -> dict[str, tuple[bytes, int, int, str]]:
-        """Path, size in bytes, time of change in nanoseconds and content of each id's file."""
-        rows = self._rows(["id", "path", "size", "mtime_ns", "content"])
-        return {r["id"]: (unquote_to_bytes(r["path"]), r["size"], r["mtime_ns"], r["content"]) for r in rows}
+    def files(self) -> Iterator[File]:
+        """Each row's file."""
+        for row in self._rows(File._fields):
+            yield File(row["id"], unquote_to_bytes(row["path"]), row["size"], row["mtime_ns"])
+
+    def content(self, name: str) -> str | None:
+        """The digest of an id's picture, None for an unknown id."""
+        rows = self._get([name], ["content"])
+        return rows[0]["content"] if rows else None
+
+    def unknown(self, ids: Sequence[str]) -> list[str]:
+        """Those of some ids that are not there."""
+        known = {row["id"] for row in self._get(ids, ["id"])}
+        return [name for name in ids if name not in known]
 
     def source(self, name: str) -> str:
         """The file of an id. Raises `KeyError` for unknown ids."""
@@ -259,8 +270,7 @@ class MilvusGallery:
 
     def remove(self, ids: Sequence[str]) -> None:
         """Forget pictures; their files are not touched. Raises `KeyError` with the ids that are not there."""
-        known = {row["id"] for row in self._get(ids, ["id"])}
-        unknown = [name for name in ids if name not in known]
+        unknown = self.unknown(ids)
         if unknown:
             raise KeyError(f"{self.uri} holds no {', '.join(map(repr, unknown[:5]))} ({len(unknown)} unknown ids)")
         self.forget(set(ids))

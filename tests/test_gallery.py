@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import datasets
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from conftest import ROOT
@@ -21,10 +23,12 @@ from modeling_tscir import (
     GalleryError,
     TSCIRModel,
     TSCIRProcessor,
+    exact_search,
+    files,
+    gallery_rows,
     indexing,
     shards,
 )
-from modeling_tscir import gallery as gallery_module
 from modeling_tscir.embedding import embed_images
 from modeling_tscir.ranking import top_k
 
@@ -78,8 +82,8 @@ def test_search_in_blocks_is_search_in_one(make, monkeypatch):
     gallery = make(dtype="float32", shard_size=1)
     queries = torch.nn.functional.normalize(torch.randn(5, 24, generator=torch.Generator().manual_seed(1)), dim=-1)
     expected = gallery.search(queries, 4)
-    monkeypatch.setattr(gallery_module, "ROWS_AT_A_TIME", 2)
-    monkeypatch.setattr(gallery_module, "QUERIES_AT_A_TIME", 2)
+    monkeypatch.setattr(exact_search, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(exact_search, "QUERIES_AT_A_TIME", 2)
     for one, other in zip(gallery.search(queries, 4), expected, strict=True):
         assert [r["id"] for r in one] == [r["id"] for r in other]
         assert [r["score"] for r in one] == pytest.approx([r["score"] for r in other], abs=1e-6)
@@ -87,8 +91,48 @@ def test_search_in_blocks_is_search_in_one(make, monkeypatch):
 
 def test_equal_scores_keep_the_gallerys_order():
     scores = torch.tensor([[0.5, 0.9, 0.5, 0.5, -torch.inf], [0.1, 0.1, 0.1, 0.1, 0.1]])
-    values, columns = gallery_module.best(scores, 3)
+    values, columns = exact_search.best(scores, 3)
     assert columns.tolist() == [[1, 0, 2], [0, 1, 2]] and values[0].tolist() == pytest.approx([0.9, 0.5, 0.5])
+
+
+def test_names_whose_hashes_are_equal_are_told_apart(make, stage2, processor, picture_folder, monkeypatch):
+    def few_hashes(names):
+        return np.array([len(name) % 2 for name in names], dtype=np.uint64)
+
+    monkeypatch.setattr(gallery_rows, "hashed", few_hashes)
+    gallery = make(shard_size=2)
+    names = ["0.png", "absent.png", "zero again.png", "4.png", "no.png", ""]
+    known = {name: row for row, name in enumerate(gallery.table["id"].to_pylist())}
+    assert gallery.rows.of(names).tolist() == [known.get(name, -1) for name in names]
+    noise(10).save(picture_folder / "0.png")
+    gallery.add(picture_folder, stage2, processor, progress=False)
+    assert gallery.ids == sorted(known, key=lambda name: (name == "0.png", known[name])) and gallery.rows.live.all()
+
+
+def test_of_rows_with_one_id_the_last_is_live():
+    contents = [f"{number:032x}" for number in (1, 2, 1, 2**127, 3)]
+    table = pa.table({"id": ["a", "b", "a", "c", "a"], "content": contents})
+    rows = gallery_rows.Rows(table)
+    assert rows.live.tolist() == [False, True, False, True, True] and rows.of(["a", "d", "b"]).tolist() == [4, -1, 1]
+    first, second, again, *others = rows.content.tolist()
+    assert first == again and len({first, second, *others}) == 4
+    empty = gallery_rows.Rows(table.slice(0, 0))
+    assert empty.of(["a"]).tolist() == [-1] and not len(empty.content)
+
+
+def test_files_are_compared_without_being_held(tmp_path):
+    def file(name, path, size=1, changed=0):
+        return files.File(name, os.fsencode(path), size, changed)
+
+    new = files.FileList([file("same", "/a"), file("grown", "/b", 2), file("touched", "/c", 1, 5), file("new", "/d")])
+    new.compare(
+        [file("gone", "/e"), file("same", "/old"), file("same", "/a"), file("grown", "/b"), file("touched", "/x")]
+    )
+    todo, replacing = new.new_or_changed()
+    assert [f.id for f in todo[:]] == ["grown", "touched", "new"] and replacing == 2 and len(todo) == 3
+    assert todo[1:2] == [file("touched", "/c", 1, 5)] and pickle.loads(pickle.dumps(todo))[:] == todo[:]
+    assert list(new.missing()) == [("gone", b"/e")]
+    assert list(new.elsewhere()) == [(file("touched", "/c", 1, 5), b"/x", False)]
 
 
 def test_the_pipeline_searches_it(make, stage2, processor, picture_folder):
@@ -108,7 +152,7 @@ def test_the_pipeline_searches_it(make, stage2, processor, picture_folder):
 
 def test_only_new_and_changed_files_are_read(make, stage2, processor, picture_folder, monkeypatch):
     gallery = make(shard_size=2)
-    before = gallery.vectors(np.array([gallery.row_of["4.png"]]))
+    before = gallery.vectors(np.array([gallery.row("4.png")]))
     noise(10).save(picture_folder / "0.png")
     noise(11).save(picture_folder / "new.png")
     (picture_folder / "2.png").unlink()
@@ -119,13 +163,13 @@ def test_only_new_and_changed_files_are_read(make, stage2, processor, picture_fo
     assert sorted(read) == [b"0.png", b"new.png"]
     assert (report.added, report.changed, report.unchanged, report.removed) == (1, 1, 4, 1)
     assert sorted(gallery.ids) == sorted(["0.png", "new.png", *NAMES[2:]])
-    assert torch.equal(gallery.vectors(np.array([gallery.row_of["4.png"]])), before)
+    assert torch.equal(gallery.vectors(np.array([gallery.row("4.png")])), before)
     fresh = make(folder=gallery.folder.with_name("fresh"))
     for name in gallery.ids:
-        mine, other = (g.vectors(np.array([g.row_of[name]])) for g in (gallery, fresh))
+        mine, other = (g.vectors(np.array([g.row(name)])) for g in (gallery, fresh))
         assert torch.allclose(mine.float(), other.float(), atol=1e-3), name
     again = Gallery(gallery.folder)
-    assert again.ids == gallery.ids and again.live.all()
+    assert again.ids == gallery.ids and again.rows.live.all()
     assert gallery.add(picture_folder, stage2, processor, progress=False).unchanged == 6
 
 
@@ -165,7 +209,7 @@ def test_duplicates_by_content_are_linked(make, picture_folder):
     shutil.copy(picture_folder / "0.png", picture_folder / "zero again.png")
     gallery = make(shard_size=2)
     assert gallery.duplicates() == [["0.png", "zero again.png"]]
-    query = gallery.vectors(np.array([gallery.row_of["zero again.png"]])).float()
+    query = gallery.vectors(np.array([gallery.row("zero again.png")])).float()
     (results,) = gallery.search(torch.nn.functional.normalize(query, dim=-1), 10)
     assert results[0]["id"] == "0.png" and results[0]["duplicates"] == ["zero again.png"]
     assert len(results) == 6 and all(r["duplicates"] == [] for r in results[1:])
@@ -421,7 +465,7 @@ def test_a_faiss_index_tells_its_recall_and_follows_the_gallery(make, picture_fo
     assert "n3.png" not in {r["id"] for row in gallery.search(queries, 66) for r in row}
     noise(7).save(picture_folder / "new.png")
     gallery.add(picture_folder, stage2, processor, progress=False)
-    assert sum(Gallery(gallery.folder).info["index"]["shards"].values()) == len(gallery.live) == 67
+    assert sum(Gallery(gallery.folder).info["index"]["shards"].values()) == len(gallery.rows.live) == 67
     assert len(list(gallery.folder.glob("faiss-*"))) == 1
     with pytest.raises(GalleryError, match="does not understand"):
         gallery.build_index("Nonsense12")
@@ -619,7 +663,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_whole_shard(model_dir, tm
     model, processor = TSCIRModel.from_pretrained(model_dir), TSCIRProcessor.from_pretrained(model_dir)
     whole = Gallery.from_folder(tmp_path / "many", tmp_path / "whole", model, processor, progress=False, batch_size=4)
     for name in gallery.ids:
-        mine, other = (g.vectors(np.array([g.row_of[name]])).float() for g in (gallery, whole))
+        mine, other = (g.vectors(np.array([g.row(name)])).float() for g in (gallery, whole))
         assert torch.allclose(mine, other, atol=1e-3)
 
 
