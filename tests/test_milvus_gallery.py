@@ -1,5 +1,9 @@
+import contextlib
 import shutil
+import socket
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -17,7 +21,29 @@ pytest.importorskip("milvus_lite")
 
 
 @pytest.fixture
-def both(stage2, processor, picture_folder, tmp_path):
+def address(request, tmp_path):
+    """A file of milvus-lite's, or a server that listens on loopback."""
+    if getattr(request, "param", "file") == "file":
+        yield str(tmp_path / "g.db")
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "milvus_lite.cmdline", "server", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen([*command, "--data-dir", str(tmp_path / "data")], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+@pytest.fixture
+def both(address, stage2, processor, picture_folder, tmp_path):
     """The same pictures in a folder's gallery and in Milvus's."""
     shutil.copy(picture_folder / "0.png", picture_folder / "again.png")
     (picture_folder / "broken.jpg").write_bytes(b"nothing")
@@ -26,7 +52,7 @@ def both(stage2, processor, picture_folder, tmp_path):
     frame.to_csv(picture_folder / "metadata.csv", index=False)
     options = {"progress": False, "shard_size": 3}
     local = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, dtype="float32", **options)
-    remote = MilvusGallery.from_folder(picture_folder, str(tmp_path / "g.db#shop"), stage2, processor, **options)
+    remote = MilvusGallery.from_folder(picture_folder, f"{address}#shop", stage2, processor, **options)
     yield local, remote
     remote.client.close()
 
@@ -45,6 +71,7 @@ def plain(results: list[list[dict]]) -> list:
     ]
 
 
+@pytest.mark.parametrize("address", ["file", "server"], indirect=True)
 def test_it_answers_as_a_folders_gallery_does(both):
     local, remote = both
     assert remote.ids == sorted(local.ids) and len(remote) == 7 and "2.png" in remote and "x" not in remote
@@ -61,6 +88,7 @@ def test_it_answers_as_a_folders_gallery_does(both):
     assert remote.picture("2.png").tobytes() == local.picture("2.png").tobytes()
 
 
+@pytest.mark.parametrize("address", ["file", "server"], indirect=True)
 def test_it_follows_the_folder_and_survives_closing(both, stage2, processor, picture_folder):
     _, remote = both
     uri = remote.uri
@@ -108,6 +136,11 @@ def test_refusals(both, stage2, clip_dir, tmp_path, pictures):
         with pytest.raises(ValueError):
             remote.search(QUERIES, where=where)
     assert not (tmp_path / "none.db").exists()  # nothing is made by looking
+
+
+def test_a_server_that_does_not_answer_is_named(stage2, processor):
+    with pytest.raises(GalleryError, match="http://127.0.0.1:9 cannot be opened"):
+        MilvusGallery.open_or_create("http://127.0.0.1:9#shop", stage2, processor)
 
 
 def test_without_pymilvus_one_is_told_what_to_install(stage2, processor, tmp_path, monkeypatch):
