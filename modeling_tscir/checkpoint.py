@@ -1,6 +1,7 @@
 """Checkpoints of two forms: the whole model, or what was trained with the backbone by name, commit and fingerprint."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,11 +10,13 @@ from safetensors.torch import save_file
 from transformers import CLIPModel
 from transformers.utils import cached_file
 
+from .adapters import ADAPTER_NAME, check_name
 from .backbone import load_backbone, refuse_other_model_types
 from .configuration_tscir import TSCIRConfig
 
 
 DELTA_NAME = "tscir_delta.safetensors"
+ADAPTERS = "adapters"
 FULL_NAMES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -98,6 +101,7 @@ class CheckpointMixin:
             problems = sorted({*info["missing_keys"], *info["unexpected_keys"]})
             if problems:
                 raise ValueError(f"{path} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
+            model.load_further_adapters(path, hub)
             return (model, info) if loading else model
         dtype = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32
         model = cls._from_delta(config, delta, dtype, kwargs.get("attn_implementation"))
@@ -105,7 +109,14 @@ class CheckpointMixin:
         if isinstance(device, (str, int, torch.device)) and device != "auto":
             model.to(device)
         model.name_or_path = path
+        model.load_further_adapters(path, hub)
         return model
+
+    def load_further_adapters(self, path: str, hub: dict) -> None:
+        """Those that `save_pretrained` wrote into folders of their own."""
+        for name in self.config.adapters:
+            place = "/".join(filter(None, (hub.get("subfolder"), ADAPTERS, check_name(name))))
+            self.load_adapter(path, name, **{**hub, "subfolder": place})
 
     @classmethod
     def _from_delta(cls, config: TSCIRConfig, delta: str, dtype: torch.dtype, attn: str | None) -> "CheckpointMixin":
@@ -132,7 +143,13 @@ class CheckpointMixin:
 
     def delta_state_dict(self) -> dict[str, torch.Tensor]:
         """What was trained: the mapper's tensors and the composing adapters'."""
-        return {k: v for k, v in self.state_dict().items() if k.startswith("mapper.") or ".lora_" in k}
+        tensors = self.own_state_dict().items()
+        return {k: v for k, v in tensors if k.startswith("mapper.") or ".lora_" in k}
+
+    def own_state_dict(self) -> dict[str, torch.Tensor]:
+        """Every tensor but those of further composing adapters, which have folders of their own."""
+        own = f".{ADAPTER_NAME}."
+        return {k: v for k, v in self.state_dict().items() if ".lora_" not in k or own in k}
 
     def save_pretrained(self, save_directory, backbone: str = "full", **kwargs):
         """Write a folder that `from_pretrained` reads, on its own or as remote code.
@@ -151,6 +168,14 @@ class CheckpointMixin:
                 raise ValueError('this model does not know its backbone\'s name; save it with backbone="full"')
             delta = {k: v.contiguous() for k, v in self.delta_state_dict().items()}
             kwargs["state_dict"] = dict(delta)  # saving empties what it is given
+        further = [name for name in self.adapter_names if name != ADAPTER_NAME]
+        if further and backbone == "full":
+            kwargs["state_dict"] = dict(self.own_state_dict())
+        self.config.adapters = further
+        if kwargs.get("is_main_process", True):
+            shutil.rmtree(folder / ADAPTERS, ignore_errors=True)
+            for name in further:
+                self.save_adapter(folder / ADAPTERS / name, name)
         # Both forms in one folder would contradict each other.
         for name in (DELTA_NAME, *FULL_NAMES):
             (folder / name).unlink(missing_ok=True)

@@ -32,6 +32,7 @@ class TSCIRConfig(PreTrainedConfig):
         soft_alignment_weight (`float`): lambda_soft of stage I; 0 switches soft text alignment off.
         soft_alignment_temperature (`float`): tau_s; the smaller, the more the best-fitting captions count.
         lora_rank, lora_alpha, lora_dropout, lora_target_modules: the composing adapters, in PEFT's terms.
+        adapters (`list[str]`): names of further composing adapters, each in PEFT's format in adapters/NAME.
         reference_negative_weight (`float`): weight of a query's own reference image among its negatives; 0 is off.
         mined_negative_weight (`float`): weight of each mined hard negative; 0 is off.
         num_mined_negatives (`int`): mined negatives a query.
@@ -61,6 +62,7 @@ class TSCIRConfig(PreTrainedConfig):
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     lora_target_modules: list[str] | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    adapters: list[str] | tuple[str, ...] = ()
     reference_negative_weight: float = 0.3
     mined_negative_weight: float = 1.0
     num_mined_negatives: int = 4
@@ -73,6 +75,7 @@ class TSCIRConfig(PreTrainedConfig):
             self.clip_config = self.clip_config.to_dict()
         self.clip_config = CLIPConfig(**(self.clip_config or {}))
         self.lora_target_modules = list(self.lora_target_modules)
+        self.adapters = list(self.adapters)
         # Written by `to_dict` always, but kept as an attribute only by remote code: with the package installed the
         # task is registered, and the attribute would make `pipeline()` ask for `trust_remote_code`.
         custom_pipelines = kwargs.pop("custom_pipelines", None)

@@ -1,5 +1,6 @@
 """TSCIRModel: a frozen CLIP, the pseudo-word mapper of stage I and the composing adapters of stage II."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,14 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput, logging
 
-from .adapters import add_composing_adapters, composing, reset_to_identity, uninitialised_lora_layers
+from .adapters import (
+    ADAPTER_NAME,
+    AdapterMixin,
+    add_composing_adapters,
+    composing,
+    reset_to_identity,
+    uninitialised_lora_layers,
+)
 from .checkpoint import CheckpointMixin
 from .configuration_tscir import TSCIRConfig
 from .losses import composing_loss
@@ -52,7 +60,7 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor
     return F.normalize(torch.where(near, (1 - weight) * start + weight * end, along), dim=-1)
 
 
-class TSCIRModel(CheckpointMixin, PreTrainedModel):
+class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
     """Composed image retrieval on a frozen CLIP (arXiv 2504.17990, as design choices of the README declare).
 
     Made from a CLIP by [`~TSCIRModel.from_clip_pretrained`] and from a trained folder by
@@ -72,6 +80,8 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
 
     def __init__(self, config: TSCIRConfig, backbone: CLIPModel | None = None):
         super().__init__(config)
+        self._active: str | None = ADAPTER_NAME
+        self._merged: dict[str, nn.Module] = {}  # text towers for serving, by their adapter; none of the parameters
         self.clip = backbone if backbone is not None else CLIPModel._from_config(config.clip_config)
         self.mapper = new_mapper(config) if config.stage >= 1 else None
         if config.stage >= 2:
@@ -117,10 +127,10 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Freeze everything but what the current stage trains, and give that by name."""
-        marker = {1: "mapper.", 2: ".lora_"}.get(self.config.stage)
+        markers = {1: ("mapper.",), 2: (".lora_", f".{ADAPTER_NAME}.")}.get(self.config.stage, ())
         trained = {}
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(marker is not None and marker in name)
+            parameter.requires_grad_(bool(markers) and all(marker in name for marker in markers))
             if parameter.requires_grad:
                 trained[name] = parameter
         return trained
@@ -140,7 +150,7 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
         """Projected text features [B, D], CLIPModel's own to the bit (not normalised), whatever adapters there are."""
-        with composing(self.clip.text_model, active=False):
+        with composing(self.clip.text_model, None):
             return self.clip.get_text_features(
                 input_ids=input_ids, attention_mask=attention_mask, **kwargs
             ).pooler_output
@@ -177,7 +187,12 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
         return image_embeds, self.mapper(features if self.config.mapper_input == "raw" else image_embeds, patch_states)
 
     def encode_with_pseudo_words(
-        self, input_ids: torch.Tensor, pseudo_mask: torch.Tensor, pseudo_words: torch.Tensor, adapters: bool = True
+        self,
+        input_ids: torch.Tensor,
+        pseudo_mask: torch.Tensor,
+        pseudo_words: torch.Tensor,
+        adapters: bool = True,
+        adapter: str | None = None,
     ) -> torch.Tensor:
         """Sentences that hold pseudo-words, [B, D], L2-normalised.
 
@@ -186,9 +201,10 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
             pseudo_mask (`torch.BoolTensor` [B, L]): True at the M places of each row that its pseudo-words take.
             pseudo_words (`torch.Tensor` [B, M, d_t]).
             adapters (`bool`): whether the composing adapters act, where the model has some.
+            adapter (`str`, *optional*): which of them, rather than the active one.
 
         Raises:
-            ValueError: if places and pseudo-words differ in number.
+            ValueError: if places and pseudo-words differ in number, and for an unknown adapter.
         """
         countable = not (torch.compiler.is_compiling() or pseudo_mask.is_meta)
         if countable and int(pseudo_mask.sum()) != pseudo_words.shape[:2].numel():
@@ -196,7 +212,8 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
                 f"pseudo_mask has {int(pseudo_mask.sum())} places for {pseudo_words.shape[:2].numel()} pseudo-words; "
                 f"make the processor with num_pseudo_words={pseudo_words.shape[1]}"
             )
-        text_model = self.clip.text_model
+        name = (self.active_adapter if adapter is None else self.known_adapter(adapter)) if adapters else None
+        text_model = self._merged.get(name, self.clip.text_model)
         words = text_model.embeddings.token_embedding(input_ids)  # [B, L, d_t]
         words = words.masked_scatter(pseudo_mask.unsqueeze(-1), pseudo_words.to(words.dtype))
         hidden = text_model.embeddings(inputs_embeds=words)  # adds positions
@@ -204,7 +221,7 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
         mask = create_causal_mask(
             config=text_model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
         )
-        with composing(text_model, active=adapters):
+        with nullcontext() if name in self._merged else composing(text_model, name):
             hidden = text_model.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
         hidden = text_model.final_layer_norm(hidden)
         eos = (input_ids == self.config.text_eos_token_id).int().argmax(-1)  # [B]
@@ -224,6 +241,7 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
         pseudo_words: torch.Tensor | None = None,
         weight: float = 0.0,
         image_counts: list[int] | None = None,
+        adapter: str | None = None,
     ) -> torch.Tensor:
         """Composed queries [B, D], L2-normalised, from what [`TSCIRProcessor`] makes of images and texts.
 
@@ -238,6 +256,7 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
             image_counts (`list[int]`, *optional*): how many references each query has, where it is not one each. What
                 is given of references then has a row for each of them, in order; for `weight`, and without a mapper,
                 a query's reference is the mean of its references.
+            adapter (`str`, *optional*): the composing adapter for these queries, rather than the active one.
 
         Raises:
             ValueError: naming the input that is missing.
@@ -267,7 +286,7 @@ class TSCIRModel(CheckpointMixin, PreTrainedModel):
             return slerp(image_embeds, text_embeds, share)
         if input_ids is None or pseudo_mask is None:
             raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
-        query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words)
+        query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words, adapter=adapter)
         if weight < 0:
             return slerp(query, image_embeds, -weight)
         return slerp(query, text_embeds, weight) if weight > 0 else query

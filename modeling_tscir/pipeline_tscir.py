@@ -118,6 +118,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             inputs: instead of these, {"image", "text"} (or one of both) or {"content"}, or a list of such queries.
             top_k (`int`): results a query; 10 unless given.
             weight (`float`): -1 to 1, towards the picture (negative) or the text (positive), where a query has both.
+            adapter (`str`): the composing adapter for these queries, of those that the model has.
             where, exclude, exact: of a [`Gallery`]: conditions on its metadata, ids to leave out, and whether to leave
                 its index aside; see [`Gallery.search`].
             batch_size (`int`): queries a forward pass; 64 unless given.
@@ -153,13 +154,16 @@ class ComposedImageRetrievalPipeline(Pipeline):
         outputs = self.run_single(queries, {}, {"weight": weight}, {"embeds_only": True})
         return outputs.cpu()
 
-    def _sanitize_parameters(self, top_k: int | None = None, weight: float | None = None, **more):
+    def _sanitize_parameters(
+        self, top_k: int | None = None, weight: float | None = None, adapter: str | None = None, **more
+    ):
         given = {"top_k": top_k, **{k: more.pop(k, None) for k in ("where", "exclude", "exact")}}
         unknown = {k for k in more if k not in ("trust_remote_code", "use_fast")}
         if unknown:
-            known = "image, text, content, top_k, weight, where, exclude, exact, batch_size"
+            known = "image, text, content, top_k, weight, adapter, where, exclude, exact, batch_size"
             raise TypeError(f"unknown arguments {sorted(unknown)}; known are {known}")
-        return {}, {} if weight is None else {"weight": weight}, {k: v for k, v in given.items() if v is not None}
+        composing = {k: v for k, v in (("weight", weight), ("adapter", adapter)) if v is not None}
+        return {}, composing, {k: v for k, v in given.items() if v is not None}
 
     def preprocess(self, queries: list[list]) -> dict:
         """The pictures of all queries in one tensor, plain texts, and prompts for those that have both."""
@@ -181,7 +185,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             inputs["prompts"] = self.processor.compose_contents(contents)
         return inputs
 
-    def _forward(self, inputs: dict, weight: float = 0.0) -> dict[str, torch.Tensor]:
+    def _forward(self, inputs: dict, weight: float = 0.0, adapter: str | None = None) -> dict[str, torch.Tensor]:
         kinds, counts = inputs["kinds"], inputs["image_counts"]
         of_kind = {k: [i for i, kind in enumerate(kinds) if kind == k] for k in ("image", "text", "composed")}
         queries = torch.empty(len(kinds), self.model.config.clip_config.projection_dim, device=self.model.device)
@@ -206,6 +210,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 pseudo_words=None if words is None else words[composed],
                 weight=weight,
                 image_counts=[counts[i] for i in of_kind["composed"]],
+                adapter=adapter,
             ).float()
             for i in of_kind["composed"] if words is None else []:
                 if not inputs["has_text"][i]:  # nothing to mix the pictures with, and no prompt to put them in
