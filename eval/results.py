@@ -1,9 +1,7 @@
 """The files that an evaluation leaves: metrics with all that decides them, rankings, and a table for people."""
 
 import hashlib
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +9,7 @@ import pyarrow.parquet as pq
 import torch
 from splits import Ranked, Split
 
-from modeling_tscir import TSCIRModel, __version__
+from modeling_tscir import TSCIRModel
 from modeling_tscir.feature_cache import digest
 from modeling_tscir.metrics import recall_at_k
 from modeling_tscir.ranking import Ranking
@@ -42,9 +40,6 @@ def counts(name: str, splits: dict[str, Split]) -> dict[str, int]:
 
 def describe_model(model: TSCIRModel, name: str) -> dict:
     """What tells this model from any other: backbone and trained tensors by digest."""
-    trained = hashlib.sha256()
-    for key, tensor in sorted(model.delta_state_dict().items()):
-        trained.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
     config = model.config
     return {
         "name_or_path": name,
@@ -52,7 +47,7 @@ def describe_model(model: TSCIRModel, name: str) -> dict:
         "backbone": config.backbone_name_or_path,
         "backbone_revision": config.backbone_revision,
         "backbone_fingerprint": config.backbone_fingerprint,
-        "trained_fingerprint": trained.hexdigest()[:32] if config.stage else None,
+        "trained_fingerprint": model.trained_fingerprint(),
     }
 
 
@@ -63,11 +58,6 @@ def describe_data(splits: dict[str, Split]) -> dict:
         "annotations": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:32] for path in paths},
         "pictures_fingerprint": digest([split.image_ids for split in splits.values()]),
     }
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "datasets", "numpy", "pillow", "safetensors")
-    return {"python": platform.python_version(), "tscir": __version__} | {name: version(name) for name in names}
 
 
 def write_rankings(path: Path, splits: dict[str, Split], ranked: dict[str, Ranked]) -> None:

@@ -1,11 +1,28 @@
 """The frozen backbone: loading any CLIPModel checkpoint, and telling one from another."""
 
+import contextlib
 import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, CLIPModel, PreTrainedConfig
+from transformers.utils import cached_file, logging
 
 from .configuration_tscir import TSCIRConfig
+
+
+# The modules that a checkpoint's folder may ask for.
+CODE = (
+    "configuration_tscir",
+    "modeling_tscir",
+    "processing_tscir",
+    "pipeline_tscir",
+)
+logger = logging.get_logger(__name__)
 
 
 def backbone_fingerprint(clip: CLIPModel) -> str:
@@ -23,9 +40,12 @@ def backbone_fingerprint(clip: CLIPModel) -> str:
     return digest.hexdigest()[:32]
 
 
-def refuse_other_model_types(path: str, hub: dict) -> None:
-    found = PreTrainedConfig.get_config_dict(path, **hub)[0].get("model_type")
+def refuse_other_models(path: str, hub: dict) -> None:
+    """Raise `ValueError` unless `path` has a TSCIR configuration that asks for no code but its own."""
+    content = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    found = content.get("model_type")
     if found == TSCIRConfig.model_type:
+        refuse_foreign_code(path, content)
         return
     remedy = (
         f"For a plain CLIP use TSCIRModel.from_clip_pretrained({path!r}), then train/stage1.py."
@@ -35,27 +55,67 @@ def refuse_other_model_types(path: str, hub: dict) -> None:
     raise ValueError(f"{path} holds a model of type {found!r}, not a TSCIR model. {remedy}")
 
 
+def refuse_foreign_code(path: str, config: dict) -> None:
+    """A checkpoint's code lies beside it; one that names another repository's or another module is refused."""
+    named = dict(config.get("auto_map") or {})
+    named |= {task: entry.get("impl") for task, entry in (config.get("custom_pipelines") or {}).items()}
+    for name, code in named.items():
+        for place in code if isinstance(code, (list, tuple)) else [code]:
+            if place is not None and str(place).split(".")[0] not in CODE:
+                raise ValueError(
+                    f"{path}: its config.json wants code from {place!r} ({name}), which is not this model's own; "
+                    "nothing was loaded. Take that entry out, or use a checkpoint of a source you trust."
+                )
+
+
+@contextlib.contextmanager
+def told_of_damage(path: str) -> Iterator[None]:
+    """Errors of reading weights as `ValueError`, with what to do."""
+    try:
+        yield
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: its weights are damaged ({error}); fetch or write them again") from error
+
+
+def commit_of(cached: str) -> str | None:
+    """The commit in the name of a file in the Hub's cache: .../snapshots/COMMIT/config.json."""
+    folder = Path(cached).parent
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+class BackboneNotFoundError(ValueError):
+    """The backbone is not where it should be."""
+
+
 def load_backbone(
-    name: str | None, revision: str | None, dtype: torch.dtype, attn_implementation: str | None
+    name: str | None, revision: str | None, dtype: torch.dtype, attn_implementation: str | None, **hub
 ) -> tuple[CLIPModel, str, str | None]:
-    """A frozen CLIPModel in `dtype`, the fingerprint of its weights as stored, and its commit on the Hub."""
+    """A frozen CLIPModel in `dtype`, the fingerprint of its weights as stored, and its commit on the Hub.
+
+    Args:
+        hub: further arguments of `from_pretrained`: token, cache_dir, local_files_only.
+    """
     if not name:
         raise ValueError(
             "this checkpoint holds no backbone and does not name one (backbone_name_or_path in config.json)"
         )
-    hub = {"revision": revision} if revision else {}
+    hub |= {"revision": revision} if revision else {}
     try:
         config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise BackboneNotFoundError(
             f"the backbone {name!r} (revision {revision}) cannot be found or read: {error}. If it lies elsewhere now, "
-            "set backbone_name_or_path in the checkpoint's config.json to that folder or Hub name."
+            "name that folder or Hub name: TSCIRModel.from_pretrained(..., backbone=NAME)."
         ) from error
     if config.model_type != "clip":
         remedy = " Load it with TSCIRModel.from_pretrained." if config.model_type == TSCIRConfig.model_type else ""
         raise ValueError(f"{name} holds a model of type {config.model_type!r}, not a CLIPModel.{remedy}")
     attn = {"attn_implementation": attn_implementation} if attn_implementation else {}
-    clip = CLIPModel.from_pretrained(name, dtype="auto", use_safetensors=True, **hub, **attn)
+    try:
+        with told_of_damage(name):
+            clip = CLIPModel.from_pretrained(name, dtype="auto", use_safetensors=True, **hub, **attn)
+    except OSError as error:
+        raise ValueError(f"{name} has no weights in safetensors, the one form that is read: {error}") from error
     fingerprint = backbone_fingerprint(clip)
     clip = clip.to(dtype).requires_grad_(False)
-    return clip, fingerprint, getattr(clip.config, "_commit_hash", None)
+    return clip, fingerprint, None if os.path.isdir(name) else commit_of(cached_file(name, "config.json", **hub))

@@ -1,20 +1,23 @@
 """Checkpoints of two forms: the whole model, or what was trained with the backbone by name, commit and fingerprint."""
 
+import hashlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .adapters import ADAPTER_NAME, check_name
-from .backbone import load_backbone, refuse_other_model_types
+from .backbone import BackboneNotFoundError, load_backbone, refuse_other_models, told_of_damage
 from .configuration_tscir import TSCIRConfig
 
 
+logger = logging.get_logger(__name__)
 DELTA_NAME = "tscir_delta.safetensors"
 ADAPTERS = "adapters"
 FULL_NAMES = ("model.safetensors", "model.safetensors.index.json")
@@ -67,14 +70,19 @@ class CheckpointMixin:
         return cls(config, backbone=clip).to(clip.dtype).eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, backbone=None, **kwargs):
         """Load a folder or Hub repository written by `save_pretrained`, of either form.
 
         Arguments are those of `PreTrainedModel.from_pretrained`. Weights are read from safetensors alone, in fp32
         unless `dtype` says otherwise.
 
+        Args:
+            backbone (`str`, *optional*): folder or Hub name where the backbone of a checkpoint in reference form lies
+                now, if not where its config.json says; its fingerprint must be the same.
+
         Raises:
-            ValueError: if the checkpoint is of another model type, lacks tensors, or was trained on another backbone.
+            ValueError: if the checkpoint is of another model type, is damaged, lacks tensors, wants code from
+                elsewhere, or was trained on another backbone.
         """
         kwargs.setdefault("dtype", torch.float32)
         path = pretrained_model_name_or_path
@@ -85,8 +93,10 @@ class CheckpointMixin:
             k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if k in kwargs
         }
         if config is None:
-            refuse_other_model_types(path, hub)
+            refuse_other_models(path, hub)
             config = cls.config_class.from_pretrained(path, **hub)
+        if backbone is not None:
+            config.backbone_name_or_path, config.backbone_revision = os.fspath(backbone), None
         delta = cached_file(
             path,
             DELTA_NAME,
@@ -97,14 +107,18 @@ class CheckpointMixin:
         if delta is None:
             kwargs["use_safetensors"] = True
             loading = kwargs.pop("output_loading_info", False)
-            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            with told_of_damage(path):
+                model, info = super().from_pretrained(
+                    path, *model_args, config=config, output_loading_info=True, **kwargs
+                )
             problems = sorted({*info["missing_keys"], *info["unexpected_keys"]})
             if problems:
                 raise ValueError(f"{path} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
             model.load_further_adapters(path, hub)
             return (model, info) if loading else model
         dtype = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32
-        model = cls._from_delta(config, delta, dtype, kwargs.get("attn_implementation"))
+        own = {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")}
+        model = cls._from_delta(config, delta, dtype, kwargs.get("attn_implementation"), own)
         device = kwargs.get("device_map")
         if isinstance(device, (str, int, torch.device)) and device != "auto":
             model.to(device)
@@ -119,20 +133,32 @@ class CheckpointMixin:
             self.load_adapter(path, name, **{**hub, "subfolder": place})
 
     @classmethod
-    def _from_delta(cls, config: TSCIRConfig, delta: str, dtype: torch.dtype, attn: str | None) -> "CheckpointMixin":
+    def _from_delta(
+        cls, config: TSCIRConfig, delta: str, dtype: torch.dtype, attn: str | None, hub: dict
+    ) -> "CheckpointMixin":
         name = config.backbone_name_or_path
         beside = Path(delta).parent / (name or "")
         if name and not os.path.isabs(name) and beside.is_dir():
             name = str(beside)
-        clip, fingerprint, _ = load_backbone(name, config.backbone_revision, dtype, attn)
+        try:
+            clip, fingerprint, _ = load_backbone(name, config.backbone_revision, dtype, attn, **hub)
+        except BackboneNotFoundError as error:
+            if config.backbone_revision is None:
+                raise
+            # A rewritten history may have lost the commit and kept the weights, which the fingerprint tells.
+            try:
+                clip, fingerprint, _ = load_backbone(name, None, dtype, attn, **hub)
+            except BackboneNotFoundError:
+                raise error from None
+            logger.warning(f"{name} has no commit {config.backbone_revision} any more; taking its newest")
         if config.backbone_fingerprint and fingerprint != config.backbone_fingerprint:
             raise ValueError(
                 f"{delta} was trained on another backbone than {name} now holds (fingerprint "
                 f"{config.backbone_fingerprint}, found {fingerprint}); its pseudo-words mean nothing to this one. "
-                "Point backbone_name_or_path and backbone_revision of its config.json to the original weights."
+                "Name the original weights: TSCIRModel.from_pretrained(..., backbone=FOLDER_OR_HUB_NAME)."
             )
         model = cls._around(config, clip)
-        with safe_open(delta, framework="pt") as file:
+        with told_of_damage(delta), safe_open(delta, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         wanted = model.delta_state_dict().keys()
         if tensors.keys() != wanted:
@@ -145,6 +171,13 @@ class CheckpointMixin:
         """What was trained: the mapper's tensors and the composing adapters'."""
         tensors = self.own_state_dict().items()
         return {k: v for k, v in tensors if k.startswith("mapper.") or ".lora_" in k}
+
+    def trained_fingerprint(self) -> str | None:
+        """Digest of what was trained, which tells this model from any other; None for a plain CLIP."""
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.delta_state_dict().items()):
+            digest.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32] if self.config.stage else None
 
     def own_state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor but those of further composing adapters, which have folders of their own."""
@@ -183,3 +216,38 @@ class CheckpointMixin:
         if backbone == "reference" and kwargs.get("is_main_process", True):
             (folder / FULL_NAMES[0]).unlink(missing_ok=True)
             save_file(delta, folder / DELTA_NAME, metadata={"format": "pt"})
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        processor=None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        **repository,
+    ):
+        """Upload a complete repository: weights, config, code, model card and, if given, the processor.
+
+        Args:
+            repo_id (`str`): "user/name"; made if need be.
+            repository: further arguments of [`publishing.write_repository`], such as `backbone` and `results`.
+
+        Returns:
+            `huggingface_hub`'s CommitInfo.
+        """
+        from .publishing import upload_repository, write_repository
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_repository(folder, self, processor, repo_id=repo_id, **repository)
+            return upload_repository(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )

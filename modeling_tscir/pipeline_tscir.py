@@ -146,6 +146,10 @@ class ComposedImageRetrievalPipeline(Pipeline):
             results += self.run_single(queries[start : start + size], preprocess, forward, postprocess)
         return results[0] if single else results
 
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """Upload model, processor and card; arguments are those of `TSCIRModel.push_to_hub`."""
+        return self.model.push_to_hub(repo_id, processor=self.processor, **kwargs)
+
     def embed(self, inputs=None, *, image=None, text=None, content=None, weight: float = 0.0) -> torch.Tensor:
         """L2-normalised embeddings [Q, D] of queries, fp32, on the CPU; arguments as in a search."""
         queries, _ = as_queries(inputs, image, text, content)

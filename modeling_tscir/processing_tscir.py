@@ -70,6 +70,18 @@ class TSCIRProcessor(ProcessorMixin):
         return prompt_template
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "TSCIRProcessor":
+        """As `ProcessorMixin.from_pretrained`. Raises `ValueError` where there is no processor, or half of one."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no processor that can be read ({str(error).splitlines()[0]}); "
+                "write one beside the model with TSCIRProcessor.save_pretrained, or name a CLIP's for "
+                "TSCIRProcessor.from_clip_pretrained"
+            ) from error
+
+    @classmethod
     def from_clip_pretrained(cls, model_name_or_path, num_pseudo_words: int = 4, **kwargs) -> "TSCIRProcessor":
         """The processor of a plain CLIP checkpoint; `kwargs` are this class's own arguments or `revision`."""
         from transformers import AutoTokenizer, CLIPImageProcessorPil

@@ -1,6 +1,8 @@
 """The Accelerate loop of both stages: steps, log, validation, checkpoints, and what is left when it ends."""
 
+import contextlib
 import json
+import platform
 import signal
 import sys
 import time
@@ -27,19 +29,26 @@ from transformers.utils import logging
 from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir.publishing import versions
 
 
 class Progress:
-    """Optimizer steps done and the best validation so far, kept in checkpoints."""
+    """Optimizer steps done, the best validation so far and time spent, kept in checkpoints."""
 
     def __init__(self):
         self.step, self.best = 0, 0.0
+        self.begun, self.before = time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of training, runs that were interrupted included."""
+        return self.before + time.perf_counter() - self.begun
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "best": self.best}
+        return {"step": self.step, "best": self.best, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict) -> None:
-        self.step, self.best = state["step"], state["best"]
+        self.step, self.best, self.before = state["step"], state["best"], state.get("seconds", 0.0)
 
 
 def make_accelerator(args: LoopArguments) -> Accelerator:
@@ -161,12 +170,35 @@ def train(
         model.save_pretrained(args.output_dir, backbone="reference")
         processor.save_pretrained(args.output_dir)
         settings = record | vars(args) | {"num_processes": accelerator.num_processes, "skipped_images": skipped}
+        settings |= {"hours": progress.seconds / 3600, "hardware": hardware(accelerator), "versions": versions()}
+        settings |= previous_stage(settings["model_name_or_path"])
         Path(args.output_dir, "training_arguments.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     # The process group must not be freed by DDP's destructor, which holds the interpreter's lock while gloo's threads
     # wait for it: a run that had ended would hang.
     del objective, optimizer
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """What a run was computed on, in words."""
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    count = accelerator.num_processes
+    return f"{count} process{'es' if count > 1 else ''} of {torch.get_num_threads()} threads, CPU {cpu_name()}"
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def previous_stage(folder: str) -> dict:
+    """The record of the training that made the model which this one began with."""
+    path = Path(folder) / "training_arguments.json"
+    return {"previous_stage": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
 
 
 class Interrupt:

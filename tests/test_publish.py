@@ -1,0 +1,301 @@
+"""A trained folder becomes a Hub repository and comes back from it: the real client, against a Hub on loopback."""
+
+import copy
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, randomised
+from fake_hub import FakeHub
+from huggingface_hub import ModelCard
+from test_remote_code import SCRIPT as WITHOUT_PACKAGE
+
+from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir.publishing import default_form, licence_of, read_results, write_repository
+
+
+PREPARE = """
+import sys, torch
+from huggingface_hub import HfApi
+from modeling_tscir import TSCIRModel, TSCIRProcessor
+clip, = sys.argv[1:]
+api = HfApi()
+api.create_repo("alice/clip")
+commit = api.upload_folder(repo_id="alice/clip", folder_path=clip).oid
+model = TSCIRModel.from_clip_pretrained("alice/clip", num_pseudo_words=2, lora_rank=4)
+assert model.config.backbone_revision == commit
+torch.manual_seed(3)
+for add in (model.add_mapper, model.add_adapters):
+    add()
+    for parameter in model.trainable_parameters().values():
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+model.save_pretrained("trained", backbone="reference")
+TSCIRProcessor.from_clip_pretrained("alice/clip", num_pseudo_words=2).save_pretrained("trained")
+"""
+PUSH = """
+import sys, torch
+from transformers import pipeline
+import modeling_tscir
+from modeling_tscir import TSCIRModel, TSCIRProcessor
+model, processor = TSCIRModel.from_pretrained("trained"), TSCIRProcessor.from_pretrained("trained")
+model.push_to_hub("alice/both", processor=processor, backbone="full")
+model.push_to_hub("alice/both", processor=processor)  # the other form takes the first one's place
+processor.push_to_hub("alice/parts")
+pipeline("composed-image-retrieval", model="trained").push_to_hub("alice/pipe", revision="trial", backbone="full")
+again = TSCIRModel.from_pretrained("alice/both")
+for (name, mine), (_, theirs) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    assert torch.equal(mine, theirs), name
+elsewhere = TSCIRModel.from_pretrained("alice/both", backbone=sys.argv[1])
+assert torch.equal(elsewhere.clip.text_projection.weight, model.clip.text_projection.weight)
+"""
+REFUSED = """
+import sys
+from modeling_tscir import TSCIRModel
+for token in (False, "hf_bob"):
+    try:
+        TSCIRModel.from_pretrained("alice/model", token=token)
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, str(error).splitlines()[0])
+    else:
+        raise SystemExit("a private repository was read")
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(clip_dir, tmp_path_factory):
+    """A Hub that holds alice's CLIP, and a folder with a model trained on it."""
+    folder = tmp_path_factory.mktemp("prepared")
+    with FakeHub() as hub:
+        run_in(folder, hub, "-c", PREPARE, clip_dir)
+        yield hub, folder
+
+
+@pytest.fixture
+def hub(prepared):
+    """A Hub as prepared, whatever was done to it before."""
+    hub, _ = prepared
+    kept = copy.deepcopy(hub.repos)
+    yield hub
+    hub.repos = kept
+
+
+@pytest.fixture
+def run(hub, prepared, tmp_path):
+    """A fresh process of its own home and working directory; with the package, from this checkout, unless told."""
+
+    shutil.copytree(prepared[1] / "trained", tmp_path / "trained")
+    return functools.partial(run_in, tmp_path, hub)
+
+
+def run_in(folder, hub, *command, home="home", package=True, token="hf_alice"):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PYTHONPATH"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
+    environment |= {"PYTHONPATH": str(ROOT)} if package else {}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_round_trip(run, hub, clip_dir, picture_folder, tmp_path):
+    publish = (ROOT / "train/publish.py", "trained", "--repo_id", "alice/model", "--private")
+    said = run(*publish, "--dry_run", "dry")
+    assert "alice/model" not in hub.repos and "in reference form" in said and "Nothing was uploaded" in said
+    run(*publish)
+    first = hub.repos["alice/model"].branches["main"]
+    there = hub.files("alice/model")
+    dry = {str(p.relative_to(tmp_path / "dry")): p.read_bytes() for p in (tmp_path / "dry").rglob("*") if p.is_file()}
+    assert {k: v for k, v in there.items() if k != ".gitattributes"} == dry and hub.repos["alice/model"].private
+    assert {"README.md", "config.json", "tscir_delta.safetensors", "processor_config.json", "tokenizer.json",
+            "modeling_tscir.py", "pipeline_tscir.py", "publishing.py"} <= there.keys()  # fmt: skip
+    assert not any(name.startswith("model.safetensors") for name in there)
+    for name in dry:
+        assert f"{dry[name] and len(dry[name]):,}  {name}" in said
+    assert str(tmp_path).encode() not in there["config.json"] + there["README.md"]
+
+    # Without the package, from an empty cache; then a second commit, and the first one by its name.
+    ranked = [json.loads(run("-c", WITHOUT_PACKAGE, "alice/model", picture_folder, home="empty", package=False))]
+    model = TSCIRModel.from_pretrained(tmp_path / "trained", backbone=clip_dir)
+    randomised(model.mapper.parameters(), 11)
+    model.config.backbone_name_or_path, model.config.backbone_revision = "alice/clip", None
+    model.save_pretrained(tmp_path / "trained", backbone="reference")
+    run(*publish[:-1], "--backbone", "reference")
+    assert hub.repos["alice/model"].branches["main"] != first
+    pinned = WITHOUT_PACKAGE.replace('remote = {"trust', f'remote = {{"revision": "{first}", "trust')
+    pinned = pinned.replace("model=str(saved), **remote", "model=str(saved), trust_remote_code=True")
+    ranked.append(json.loads(run("-c", pinned, "alice/model", picture_folder, home="other", package=False)))
+    ranked.append(json.loads(run("-c", WITHOUT_PACKAGE, "alice/model", picture_folder, home="other", package=False)))
+    assert ranked[0] == ranked[1] != ranked[2]
+
+    refused = run("-c", REFUSED, home="third", token=None).splitlines()
+    assert len(refused) == 2 and all("alice/model" in line for line in refused)
+
+
+def test_pushing_from_python(run, hub, clip_dir):
+    run("-c", PUSH, clip_dir)
+    both = hub.files("alice/both")
+    assert "tscir_delta.safetensors" in both and "model.safetensors" not in both and "tokenizer.json" in both
+    before = hub.repos["alice/both"].commits
+    assert any("model.safetensors" in files for files in before.values())  # history has it
+    assert "processor_config.json" in hub.files("alice/parts")
+    pipe = hub.repos["alice/pipe"]
+    assert "model.safetensors" in hub.files("alice/pipe", "trial") and set(pipe.branches) == {"main", "trial"}
+    assert "README.md" not in hub.files("alice/pipe")
+    # The backbone's history is rewritten: the commit is gone, the weights are not; then they are others.
+    clip = hub.repos["alice/clip"]
+    files = clip.commits.pop(clip.branches["main"])
+    clip.commits, clip.branches = {}, {}
+    clip.commit("main", files | {"note.txt": b"new history"})
+    loading = "from modeling_tscir import TSCIRModel; TSCIRModel.from_pretrained('alice/both')"
+    run("-c", loading, home="fresh")
+    weights = bytearray(files["model.safetensors"])
+    weights[-4:] = b"\x00\x00\x80\x3f"
+    clip.commit("main", files | {"model.safetensors": bytes(weights)})
+    with pytest.raises(AssertionError, match="another backbone"):
+        run("-c", loading, home="fresher")
+
+
+def results(model) -> dict:
+    described = {"name_or_path": "x", "trained_fingerprint": model.trained_fingerprint(), "backbone_fingerprint": None}
+    return {
+        "cirr_recall_at_1": 0.25, "cirr_recall_at_10": 0.5, "cirr_num_queries": 1200, "cirr_num_gallery_images": 9,
+        "primary_metric": "cirr_recall_at_1", "method": "tscir", "weight": 0.0, "model": described,
+        "protocol": {"split": "val", "dtype": "float32", "preprocessing": {}}, "skipped_images": ["a"],
+        "published_counts": {"cirr": {"same": False, "queries": 4181, "gallery_images": 2297}},
+        "versions": {"torch": "9.9"},
+    }  # fmt: skip
+
+
+def test_the_card_says_what_runs_wrote(stage2, processor, picture_folder, tmp_path):
+    record = {"dataset_name": "someone/triplets", "model_name_or_path": str(tmp_path), "learning_rate": 1e-3,
+              "hours": 1.5, "hardware": "2 x Some GPU", "versions": {"torch": "9.9"}, "skipped_images": [],
+              "previous_stage": {"dataset_name": str(tmp_path / "captions"), "seed": 7}}  # fmt: skip
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "training_arguments.json").write_text(json.dumps(record), "utf-8")
+    (trained / "emissions.csv").write_text("duration,emissions\n1,0.25\n2,0.5\n", "utf-8")
+    (tmp_path / "results.json").write_text(json.dumps(results(stage2)), "utf-8")
+    out = tmp_path / "out"
+    files = write_repository(
+        out, stage2, processor, repo_id="me/model", training=trained, results=[tmp_path / "results.json"],
+        benchmark_datasets={"cirr": "someone/cirr"}, examples=[(str(picture_folder / "0.png"), "in red")],
+        licence="mit",
+    )  # fmt: skip
+    card = ModelCard.load(out / "README.md")
+    assert card.data.license == "mit" and card.data.datasets == ["someone/triplets"]
+    assert card.data.to_dict()["widget"] == [{"src": "examples/0.png", "text": "in red"}]
+    assert card.data.to_dict()["co2_eq_emissions"] == {"emissions": 750.0}
+    found = {(r.dataset_type, r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert found == {("cirr", "val", "recall_at_1"): 0.25, ("cirr", "val", "recall_at_10"): 0.5}
+    for said in ("| cirr | val | 1,200 | recall_at_1 | 25.00 |", "Stage I: dataset_name captions, seed 7.", "0.75 kg",
+                 "1.50 hours on 2 x Some GPU", "Stage II: dataset_name someone/triplets", "published numbers",
+                 'model="me/model", trust_remote_code=True', "1 unreadable pictures were skipped"):  # fmt: skip
+        assert said in card.text, said
+    assert str(tmp_path) not in (out / "README.md").read_text("utf-8") + (out / "config.json").read_text("utf-8")
+    entries = yaml.safe_load((out / ".eval_results/tscir.yaml").read_text("utf-8"))
+    assert entries[0]["dataset"] == {"id": "someone/cirr", "task_id": "cirr_val"} and entries[0]["value"] == 25.0
+    assert {str(f) for f in files} >= {"examples/0.png", ".eval_results/tscir.yaml", "training_arguments.json"}
+    bare = write_repository(tmp_path / "bare", stage2)
+    card = (tmp_path / "bare/README.md").read_text("utf-8")
+    assert "No figures were given" in card and "no record of its training" in card and "license: other" in card
+    assert not any(str(f).startswith((".eval_results", "examples")) for f in bare)
+
+
+def test_figures_of_another_model_are_refused(stage2, tmp_path):
+    path = tmp_path / "results.json"
+    other = {"name_or_path": "x", "trained_fingerprint": "0", "backbone_fingerprint": None}
+    for content, message in (
+        (results(stage2) | {"method": "slerp"}, "method 'slerp'"),
+        (results(stage2) | {"model": other}, "another model"),
+        ({"cirr_recall_at_1": 1.0}, "no results.json"),
+        ([], "no results.json"),
+    ):
+        path.write_text(json.dumps(content), "utf-8")
+        with pytest.raises(ValueError, match=message):
+            read_results(path, stage2)
+    path.write_text(json.dumps(results(stage2)), "utf-8")
+    assert read_results(path, stage2)["benchmark"] == "cirr"
+
+
+def test_defaults(stage2):
+    assert default_form(stage2) == "full"  # of a local folder
+    stage2.config.backbone_name_or_path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert default_form(stage2) == "full" and licence_of(stage2) == "mit"  # its commit is not known
+    stage2.config.backbone_revision = "0" * 40
+    assert default_form(stage2) == "reference"
+    nameless = SimpleNamespace(config=SimpleNamespace(backbone_name_or_path=None))
+    assert licence_of(nameless) == "other"
+
+
+def test_the_script_refuses(model_dir, tmp_path, monkeypatch):
+    import publish
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x", "utf-8")
+    for arguments, message in (
+        ([tmp_path / "none", "--repo_id", "a/b"], "is not a folder"),
+        ([model_dir, "--repo_id", "a"], "is user/name"),
+        ([model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "full"], "is not empty"),
+        (
+            [model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "d", "--results", tmp_path / "r.json"],
+            "results.json",
+        ),
+        ([model_dir, "--repo_id", "a/b", "--benchmark_dataset", "cirr"], "cirr=owner/name"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
+        with pytest.raises(SystemExit, match=message):
+            publish.main()
+
+
+@pytest.mark.parametrize("form", ["full", "reference"])
+def test_damaged_and_hostile_checkpoints(stage2, processor, tmp_path, form):
+    folder = tmp_path / "model"
+    stage2.save_pretrained(folder, backbone=form)
+    weights = folder / ("model.safetensors" if form == "full" else "tscir_delta.safetensors")
+    whole, config = weights.read_bytes(), json.loads((folder / "config.json").read_text("utf-8"))
+    size = int.from_bytes(whole[:8], "little")
+    longer = (10**9).to_bytes(8, "little") + whole[8:]
+    header = whole[8 : 8 + size].replace(b'"F32"', b'"F64"', 1)
+    for damaged in (whole[: len(whole) // 2], b"", longer, whole[:8] + b"\xff" * size + whole[8 + size :],
+                    whole[:8] + header + whole[8 + size :]):  # fmt: skip
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            TSCIRModel.from_pretrained(folder)
+    weights.write_bytes(whole)
+    with pytest.raises(ValueError, match="no processor that can be read"):
+        TSCIRProcessor.from_pretrained(folder)
+    processor.save_pretrained(folder)
+    # Code that lies elsewhere is neither fetched nor run; nor is code beside the weights, where the package is.
+    marker = tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass TSCIRModel: pass\n", "utf-8")
+    (folder / "modeling_tscir.py").write_text(f"open({str(marker)!r}, 'w').close()\n", "utf-8")
+    for entry in ({"auto_map": {"AutoModel": "evil/repo--modeling_tscir.TSCIRModel"}},
+                  {"auto_map": {"AutoModel": "evil.TSCIRModel"}},
+                  {"custom_pipelines": {"composed-image-retrieval": {"impl": "evil.Pipe"}}}):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config | entry), "utf-8")
+        with pytest.raises(ValueError, match="wants code from 'evil"):
+            TSCIRModel.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    TSCIRModel.from_pretrained(folder)
+    assert not marker.exists()
+
+
+def test_what_training_records(launch, clip_dir, tmp_path):
+    import stage1 as script
+    import stage2 as second
+
+    launch(script, clip_dir, tmp_path / "first", "--max_steps", 1)
+    launch(second, tmp_path / "first", tmp_path / "second", "--max_steps", 1)
+    record = json.loads((tmp_path / "second/training_arguments.json").read_text("utf-8"))
+    assert 0 < record["hours"] < 1 and "CPU" in record["hardware"]
+    assert record["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    assert record["previous_stage"]["max_steps"] == 1 and "previous_stage" not in record["previous_stage"]
