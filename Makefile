@@ -2,22 +2,23 @@ PYTHON ?= python3
 DEMO_DIR ?= runs/miniature
 DEMO_FLAGS ?=
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
 .PHONY: demo test ablation lint clean
 
 # torch first: an unpinned torch would bring gigabytes of CUDA libraries to machines that have no use for them.
-$(BIN)/.installed: pyproject.toml constraints.txt
+$(BIN)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 demo: $(BIN)/.installed
 	$(BIN)/python -m miniature.demo --output_dir $(DEMO_DIR) $(DEMO_FLAGS)
 
 test: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 ablation: $(BIN)/.installed
 	$(BIN)/python eval/ablation.py --output_dir runs/ablation $(ABLATION_FLAGS)
