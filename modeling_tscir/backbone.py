@@ -115,7 +115,10 @@ def load_backbone(
         with told_of_damage(name):
             clip = CLIPModel.from_pretrained(name, dtype="auto", use_safetensors=True, **hub, **attn)
     except OSError as error:
-        raise ValueError(f"{name} has no weights in safetensors, the one form that is read: {error}") from error
+        raise ValueError(
+            f"{name} has no weights in safetensors, the one form that is read: {error} If you trust its pickle, write "
+            f"it again with CLIPModel.from_pretrained({name!r}).save_pretrained(FOLDER), processor beside it."
+        ) from error
     fingerprint = backbone_fingerprint(clip)
     clip = clip.to(dtype).requires_grad_(False)
     return clip, fingerprint, None if os.path.isdir(name) else commit_of(cached_file(name, "config.json", **hub))
