@@ -11,29 +11,21 @@ another machine from its results alone, and seeds can be added. Runs share data,
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
+from ablation_data import ROOT, Mixture, make_data, of_seed, triplets_of
 from comparisons import Effect, compared, holm, resampled_means, verdict
 from harness import compose, embed_pictures, rank
 
-from modeling_tscir import TSCIRModel, TSCIRProcessor
-
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from miniature.build import build_further, write_captions, write_triplets  # noqa: E402
-from miniature.compare import (  # noqa: E402
+from miniature.compare import (  # noqa: E402  (ablation_data puts its folder on the path)
     BENCHMARKS,
     CLIP,
     SHOWN,
@@ -42,6 +34,7 @@ from miniature.compare import (  # noqa: E402
     read_benchmark,
 )
 from miniature.worlds import FURTHER  # noqa: E402
+from modeling_tscir import TSCIRModel, TSCIRProcessor
 
 
 PRIMARY = ("cirr_recall_at_1", "fashioniq_recall_at_10", "circo_map_at_5")
@@ -64,12 +57,23 @@ class Grid:
             raise ValueError(f"{path} needs seeds, stage1, runs and claims; it has {', '.join(content)}")
         grid = cls(**content)
         for name, run in grid.runs.items():
-            if set(run) - {"stage1", "stage2"} or run.get("stage1") not in grid.stage1:
-                raise ValueError(f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2")
+            if set(run) - {"stage1", "stage2", "triplets"} or run.get("stage1") not in grid.stage1:
+                raise ValueError(
+                    f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2 and triplets"
+                )
+            try:
+                mixture_of(run)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, run {name!r}: {error}") from error
         for claim, pair in grid.claims.items():
             if len(pair) != 2 or not set(pair) <= set(grid.runs):
                 raise ValueError(f"{path}, claim {claim!r}: {pair} are not two of the runs {list(grid.runs)}")
         return grid
+
+
+def mixture_of(run: dict) -> Mixture | None:
+    """The triplets of a run; None for the recipe's own."""
+    return Mixture(**run["triplets"]) if "triplets" in run else None
 
 
 def slug(name: str) -> str:
@@ -100,10 +104,9 @@ class Runner:
             self.stages[folder] = self.pool.submit(work)
         return self.stages[folder]
 
-    def train(self, stage: int, start: Path, folder: Path, seed: int, choices: dict) -> None:
+    def train(self, stage: int, start: Path, data: Path, folder: Path, seed: int, choices: dict) -> None:
         if (folder / "training_arguments.json").is_file():  # written last
             return
-        data = training_data(self.output, seed) / {1: "captions", 2: "triplets"}[stage]
         command = [sys.executable, f"train/stage{stage}.py"]
         command += ["--config", f"train/recipes/miniature_stage{stage}.yaml", "--seed", seed]
         command += ["--model_name_or_path", start, "--dataset_name", data, "--output_dir", folder]
@@ -136,37 +139,18 @@ class Runner:
             return self.once(result, lambda: None)
         form = run["stage1"]
         first = self.output / "stage1" / f"{slug(form)}-{seed}"
-        trained = self.once(first, lambda: self.train(1, CLIP, first, seed, grid.stage1[form]))
+        captions = of_seed(self.output, seed) / "captions"
+        trained = self.once(first, lambda: self.train(1, CLIP, captions, first, seed, grid.stage1[form]))
+        triplets = triplets_of(self.output, seed, mixture_of(run))
         second = self.output / "stage2" / f"{slug(name)}-{seed}"
 
         def work() -> None:
             trained.result()
             if "stage2" in run:
-                self.train(2, first, second, seed, run["stage2"] or {})
+                self.train(2, first, triplets, second, seed, run["stage2"] or {})
             self.evaluate(second if "stage2" in run else first, result)
 
         return self.once(result, work)
-
-
-def training_data(output: Path, seed: int) -> Path:
-    return output / f"training-{seed}"
-
-
-def write_training_data(folder: Path, seed: int) -> None:
-    write_captions(folder, seed, further=True)
-    write_triplets(folder, seed, further=True)
-
-
-def make_data(output: Path, seeds: list[int]) -> None:
-    """The worlds' benchmarks and, for each seed, captions and triplets of its own, unless they are there."""
-    writers: dict[Path, Callable[[Path], None]] = {output / "worlds": build_further}
-    writers |= {training_data(output, seed): partial(write_training_data, seed=seed) for seed in seeds}
-    for folder, write in writers.items():
-        if not folder.is_dir():
-            part = folder.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
-            write(part)
-            part.rename(folder)
 
 
 def splits_of_worlds(output: Path):
@@ -336,7 +320,8 @@ def main() -> None:
     runner = Runner(args.output_dir, results, args.jobs, flags)
     files = {(name, seed): runner.result(name, seed) for seed in seeds for name in grid.runs}
     if not all(file.is_file() for file in files.values()):
-        make_data(args.output_dir, seeds)
+        mixtures = {mixture_of(run) for run in grid.runs.values()} - {None}
+        make_data(args.output_dir, seeds, mixtures)
         embed_worlds(args.output_dir, results)
     # Seed by seed, so that an interrupted grid has whole seeds.
     work = {(name, seed): runner.run(name, grid.runs[name], grid, seed) for name, seed in files}

@@ -1,19 +1,46 @@
 import shutil
 
 import ablation
+import ablation_data
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 from ablation import Grid, Runner
+from ablation_data import Mixture
 from conftest import ROOT
 
 from miniature.compare import SHOWN
 
 
-def test_the_stored_grid_is_understood():
-    grid = Grid.read(ROOT / "eval/ablation/components.yaml")
-    assert len(grid.seeds) == 5 and "TSCIR" in grid.runs and len(grid.claims) > 5
+@pytest.mark.parametrize("name", ["components", "number", "quality"])
+def test_the_stored_grids_are_understood(name):
+    grid = Grid.read(ROOT / f"eval/ablation/{name}.yaml")
+    assert len(grid.seeds) == 5 and len(grid.claims) > 5
+
+
+def write_pool(folder, quality: str, count: int) -> None:
+    rows = {name: [f"{quality} {name} {i}" for i in range(count)] for name in ablation_data.COLUMNS}
+    folder.mkdir(parents=True)
+    pd.DataFrame(rows | {"more": range(count)}).to_parquet(folder / "train.parquet")
+
+
+def test_mixtures_are_of_the_number_and_quality_asked_for(tmp_path):
+    for quality in ("edits", "templates"):
+        write_pool(tmp_path / quality, quality, 40)
+    mixture = Mixture(number=40, templated=0.25, wrong=0.5)
+    for part in ("out", "again"):
+        ablation_data.write_mixture(tmp_path / part, tmp_path, mixture, seed=3)
+    rows = pd.read_parquet(tmp_path / "out")
+    assert rows.equals(pd.read_parquet(tmp_path / "again")) and list(rows.columns) == list(ablation_data.COLUMNS)
+    assert [q.split()[0] for q in rows["quality"]] == ["edits"] * 30 + ["templates"] * 10
+    numbers = {name: rows[name].str.split().str[-1] for name in ("reference", "target", "target_id")}
+    pools = {name: rows[name].str.split().str[0] for name in ("reference", "target")}
+    same = numbers["reference"].eq(numbers["target"]) & pools["reference"].eq(pools["target"])
+    assert (~same).sum() == 20 and numbers["target"].eq(numbers["target_id"]).all()
+    assert sorted(rows["target"]) == sorted(rows["reference"].str.replace("reference", "target"))  # each still once
+    with pytest.raises(ValueError, match="has 40 triplets"):
+        ablation_data.write_mixture(tmp_path / "more", tmp_path, Mixture(number=50), seed=3)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +48,8 @@ def test_the_stored_grid_is_understood():
     [
         ({"seed": [0]}, "needs seeds, stage1, runs and claims"),
         ({"runs": {"a": {"stage1": "none"}}}, "run 'a': needs stage1, one of"),
+        ({"runs": {"a": {"stage1": "full", "triplets": {"number": 0}}}}, "run 'a': a mixture has 1 to"),
+        ({"runs": {"a": {"stage1": "full", "triplets": {"many": 5}}}}, "run 'a': .*unexpected keyword"),
         ({"claims": {"c": ["a", "b"]}}, r"claim 'c': \['a', 'b'\] are not two of"),
     ],
 )

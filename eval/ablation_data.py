@@ -1,0 +1,113 @@
+"""What a grid trains on: for each seed captions, triplets, and mixtures of triplets by number and quality."""
+
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from miniature.build import build_further, write_captions, write_triplets  # noqa: E402
+from miniature.compare import CLIP  # noqa: E402
+
+
+POOL = 30_000  # triplets of either quality, of which mixtures take the first
+COLUMNS = ("reference", "modification", "target", "source", "quality", "reference_id", "target_id")
+FILE = "train-00000-of-00001.parquet"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Triplets of a run, where they are not the recipe's 4,000 true edits.
+
+    Args:
+        number: how many.
+        templated: the share made by template from captions, the rest being true edits.
+        wrong: the share whose target is another row's.
+    """
+
+    number: int
+    templated: float = 0.0
+    wrong: float = 0.0
+
+    def __post_init__(self):
+        if not 1 <= self.number <= POOL or not 0 <= self.templated <= 1 or not 0 <= self.wrong <= 1:
+            raise ValueError(f"a mixture has 1 to {POOL} triplets, and shares between 0 and 1: {self}")
+
+    @property
+    def folder(self) -> str:
+        return f"triplets-{self.number}-{self.templated:g}-{self.wrong:g}"
+
+
+def of_seed(output: Path, seed: int) -> Path:
+    return output / f"training-{seed}"
+
+
+def triplets_of(output: Path, seed: int, mixture: Mixture | None) -> Path:
+    return of_seed(output, seed) / ("triplets" if mixture is None else mixture.folder)
+
+
+def make_data(output: Path, seeds: list[int], mixtures: set[Mixture] = frozenset()) -> None:
+    """The worlds' benchmarks and, for each seed, captions and triplets of its own, unless they are there."""
+    writers: dict[Path, Callable[[Path], None]] = {output / "worlds": build_further}
+    for seed in seeds:
+        writers[of_seed(output, seed)] = partial(write_training_data, seed=seed)
+        if mixtures:
+            writers[output / f"pools-{seed}"] = partial(write_pools, captions=of_seed(output, seed), seed=seed)
+        for mixture in sorted(mixtures, key=lambda m: m.folder):
+            pools = output / f"pools-{seed}"
+            writers[triplets_of(output, seed, mixture)] = partial(
+                write_mixture, pools=pools, mixture=mixture, seed=seed
+            )
+    for folder, write in writers.items():
+        if not folder.is_dir():
+            part = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            write(part)
+            part.rename(folder)
+
+
+def write_training_data(folder: Path, seed: int) -> None:
+    write_captions(folder, seed, further=True)
+    write_triplets(folder, seed, further=True)
+
+
+def write_pools(folder: Path, captions: Path, seed: int) -> None:
+    """edits/, and templates/ by train/synthesize.py from stage I's captions, paired and filtered by CLIP."""
+    write_triplets(folder / "edits", seed, further=True, number=POOL)
+    command = [sys.executable, "train/synthesize.py", "--dataset_name", captions / "captions", "--seed", seed]
+    command += ["--model_name_or_path", CLIP, "--num_triplets", POOL, "--output_dir", folder / "templates"]
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"train/synthesize.py failed:\n{done.stderr[-2000:]}")
+
+
+def write_mixture(folder: Path, pools: Path, mixture: Mixture, seed: int) -> None:
+    """Raises `ValueError` if a pool has too few."""
+    templated = round(mixture.number * mixture.templated)
+    parts = []
+    for pool, wanted in (("edits", mixture.number - templated), ("templates", templated)):
+        table = pa.concat_tables(pq.read_table(path) for path in sorted((pools / pool).rglob("*.parquet")))
+        if len(table) < wanted:
+            raise ValueError(f"{pools / pool} has {len(table)} triplets, and {mixture} wants {wanted}")
+        parts.append(table.select(COLUMNS).slice(0, wanted))
+    table = pa.concat_tables([parts[0], parts[1].cast(parts[0].schema)])
+    rng = random.Random(f"wrong {seed}")
+    rows = sorted(rng.sample(range(len(table)), round(len(table) * mixture.wrong)))
+    source = list(range(len(table)))
+    for row, other in zip(rows, rows[1:] + rows[:1], strict=True):  # each wrong row has the next one's target
+        source[row] = other
+    for name in ("target", "target_id"):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(name), table[name].combine_chunks().take(pa.array(source)))
+    folder.mkdir(parents=True)
+    pq.write_table(table, folder / FILE)
