@@ -18,7 +18,7 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m miniature.demo --output_dir $(DEMO_DIR) $(DEMO_FLAGS)
 
 test: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 ablation: $(BIN)/.installed
 	$(BIN)/python eval/ablation.py --output_dir runs/ablation $(ABLATION_FLAGS)
