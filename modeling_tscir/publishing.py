@@ -302,7 +302,7 @@ def introduction(model, repo_id: str, form: str, backbone: str | None) -> str:
         f"`{config.backbone_fingerprint}` is checked. `save_pretrained(folder)` of the loaded model writes the whole."
         if form == "reference"
         else "This repository holds the whole model, the frozen backbone included"
-        + (f" (`{backbone}`). " if backbone else ". ")
+        + (f" (`{backbone}`). " if backbone else ".")
         + (
             'With `save_pretrained(folder, backbone="reference")` the trained part alone is written.'
             if backbone
@@ -319,7 +319,8 @@ def introduction(model, repo_id: str, form: str, backbone: str | None) -> str:
 
 Composed image retrieval: a reference picture and a modification text ("the same dress, in red") rank a gallery of
 pictures. The method is the two-stage framework of "From Mapping to Composing" (arXiv 2504.17990), on a frozen CLIP.
-{stages[config.stage]} {trained:,} parameters are trained, {frozen:,} frozen.
+{stages[config.stage]}
+{trained:,} parameters are trained, {frozen:,} frozen.
 
 {held}{adapters}
 """
@@ -328,7 +329,7 @@ pictures. The method is the two-stage framework of "From Mapping to Composing" (
 def usage(repo_id: str) -> str:
     return f"""## Use
 
-With the package (`pip install tscir`):
+With the package `tscir`:
 
 ```python
 import modeling_tscir
@@ -414,13 +415,14 @@ def training_section(config, recorded: dict) -> str:
 
 def limits(model, licence: str, backbone: str | None) -> str:
     size = model.config.clip_config.vision_config.image_size
+    web = ", and it was trained on captions from the web" if licence_of(model) != "other" else ""
     see = f"Backbone: see `{backbone}`. " if backbone else ""
     return f"""## Limits and bias
 
 - A picture is seen at {size} x {size} pixels, a text up to 77 tokens; what is longer is cut, with a warning.
-- What the frozen CLIP does not tell apart, no query can: counting, reading, left and right, and whatever is
-  rare in its data. It was trained on captions from the web and carries their biases about people, which rankings of
-  pictures of people will show. Do not use it to identify or to judge people.
+- What the frozen CLIP does not tell apart, no query can: often counting, reading, left and right, and what is rare in
+  its data. What its data says of people, rankings of pictures of people repeat{web}. Do not use it to identify or to
+  judge people.
 - Scores order one gallery; they are no probabilities and cannot be compared between models.
 
 ## Licences

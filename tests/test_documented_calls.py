@@ -4,15 +4,19 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
 
+import harness
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import ROOT
 from PIL import Image
+from test_cirr import folder as cirr_folder  # noqa: F401  (a fixture)
 
 import modeling_tscir
 from modeling_tscir import ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor, cli
@@ -105,6 +109,43 @@ def test_the_readmes_command_lines(place, capsys):
         if arguments[0] != "serve":
             assert cli.main(arguments) == 0, capsys.readouterr().err
     assert (place / "results.png").is_file()
+
+
+def command_lines(page: str, start: str) -> list[list[str]]:
+    text = (ROOT / page).read_text("utf-8").replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith(f"    {start}")]
+
+
+def test_the_readmes_way_from_training_to_publishing(place, data, cirr_folder, monkeypatch):  # noqa: F811
+    """Its commands one after the other, on little data and for one step; run_all.py has tests of its own."""
+    shutil.copytree(data / "captions", "CAPTIONS")
+    shutil.copytree(data / "triplets", "TRIPLETS")
+    shutil.copytree(cirr_folder, "CIRR")
+    shutil.rmtree("runs/stage2")
+    few = ["--max_steps", "1", "--per_device_train_batch_size", "8"]
+    trained = command_lines("README.md", "accelerate launch train/")
+    evaluated = command_lines("README.md", "python eval/cirr.py")
+    published = command_lines("docs/publishing.md", "python train/publish.py")
+    assert [len(trained), len(evaluated), len(published)] == [2, 1, 2]
+    assert command_lines("README.md", "python train/publish.py") == published[1:]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    monkeypatch.setattr(harness, "DEFAULT_CACHE", place / "cache")
+    for command, more in (
+        (trained[0][2:], few),
+        (trained[1][2:], few),
+        (evaluated[0][1:], []),
+        (published[0][1:], []),
+    ):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        monkeypatch.setattr("sys.argv", command + more)
+        try:
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        except SystemExit as stop:
+            assert not stop.code
+    card = (place / "published/README.md").read_text("utf-8")
+    assert "| cirr | val | 3 | recall_at_1 |" in card and "Stage I: dataset_name CAPTIONS" in card
+    assert (place / "published/tscir_delta.safetensors").is_file() or (place / "published/model.safetensors").is_file()
 
 
 def test_the_calls_of_a_published_card(place, names, capsys):
