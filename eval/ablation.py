@@ -42,7 +42,10 @@ PRIMARY = ("cirr_recall_at_1", "fashioniq_recall_at_10", "circo_map_at_5")
 
 @dataclass
 class Grid:
-    """What a YAML file says: seeds, forms of stage I, runs, and claims about pairs of runs."""
+    """What a YAML file says: seeds, forms of stage I, runs, and claims about pairs of runs.
+
+    Forms and runs are arguments of train/stage1.py and stage2.py; a form may name another `script`.
+    """
 
     seeds: list[int]
     stage1: dict[str, dict]
@@ -107,7 +110,8 @@ class Runner:
     def train(self, stage: int, start: Path, data: Path, folder: Path, seed: int, choices: dict) -> None:
         if (folder / "training_arguments.json").is_file():  # written last
             return
-        command = [sys.executable, f"train/stage{stage}.py"]
+        choices = dict(choices)
+        command = [sys.executable, choices.pop("script", f"train/stage{stage}.py")]
         command += ["--config", f"train/recipes/miniature_stage{stage}.yaml", "--seed", seed]
         command += ["--model_name_or_path", start, "--dataset_name", data, "--output_dir", folder]
         command += ["--feature_cache_dir", self.output / "cache", *self.flags]

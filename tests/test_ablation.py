@@ -13,7 +13,7 @@ from conftest import ROOT
 from miniature.compare import SHOWN
 
 
-@pytest.mark.parametrize("name", ["components", "number", "quality"])
+@pytest.mark.parametrize("name", ["components", "number", "quality", "baselines"])
 def test_the_stored_grids_are_understood(name):
     grid = Grid.read(ROOT / f"eval/ablation/{name}.yaml")
     assert len(grid.seeds) == 5 and len(grid.claims) > 5
