@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import cached_file
 
-from .backbone import backbone_fingerprint
+from .backbone import fingerprint_of_tensors
 
 
 ADAPTER_NAME = "default"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+REWRITING = ("pissa", "olora", "corda", "loftq")  # ways to begin an adapter that change the weights below it
 PEFT_PREFIX = "base_model.model."
 # Which adapter acts is state of shared modules, so encoding is serialised among threads.
 _SWITCH = threading.RLock()
@@ -102,20 +103,14 @@ class AdapterMixin:
                 ) from error
         config = read_lora_config(found[ADAPTER_CONFIG])
         tensors = self._read_adapter(found[ADAPTER_WEIGHTS])
+        try_on(self.clip.text_model, config, tensors, found[ADAPTER_WEIGHTS])
         if self.config.stage == 1:
             self.add_adapters()  # an identity, so that the model's own answers stay as they are
         with _SWITCH:
             inject(self.clip.text_model, adapter_name, config)
-            wanted = get_peft_model_state_dict(self.clip.text_model, adapter_name=adapter_name)
-            problems = sorted({k for k, v in wanted.items() if k not in tensors or tensors[k].shape != v.shape})
-            problems += sorted(tensors.keys() - wanted.keys())
-            if problems:
-                self.delete_adapter(adapter_name)
-                raise ValueError(
-                    f"{found[ADAPTER_WEIGHTS]} is no adapter of this text tower: tensors {problems[:5]} (of "
-                    f"{len(problems)}) are missing, unknown, or of another shape"
-                )
             set_peft_model_state_dict(self.clip.text_model, tensors, adapter_name=adapter_name)
+            for layer in lora_layers(self.clip.text_model):
+                layer.train(self.training)
             self.to(self.device, self.dtype)
 
     def _read_adapter(self, path: str) -> dict[str, torch.Tensor]:
@@ -135,7 +130,10 @@ class AdapterMixin:
         return tensors
 
     def _fingerprints(self) -> dict[str, str]:
-        own = {"mapper_fingerprint": backbone_fingerprint(self.mapper)}
+        own = {}
+        if self.dtype != torch.float16:  # rounded to fp16 before, bf16 would be another
+            rounded = {k: v.bfloat16() for k, v in self.mapper.state_dict().items()}
+            own["mapper_fingerprint"] = fingerprint_of_tensors(rounded)
         if self.config.backbone_fingerprint:
             own["backbone_fingerprint"] = self.config.backbone_fingerprint
         return own
@@ -149,6 +147,8 @@ class AdapterMixin:
         """
         name = self.known_adapter(adapter_name or self.active_adapter or ADAPTER_NAME)
         folder = Path(save_directory)
+        if (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds a model; an adapter needs a folder of its own")
         folder.mkdir(parents=True, exist_ok=True)
         text_model = self.clip.text_model
         config = copy.deepcopy(text_model.peft_config[name])
@@ -156,7 +156,7 @@ class AdapterMixin:
         config.revision = self.config.backbone_revision
         config.inference_mode = True
         config.save_pretrained(folder)
-        tensors = get_peft_model_state_dict(text_model, adapter_name=name)
+        tensors = get_peft_model_state_dict(text_model, adapter_name=name, save_embedding_layers=False)
         tensors = {PEFT_PREFIX + k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", **self._fingerprints()})
 
@@ -192,6 +192,12 @@ class AdapterMixin:
         """Drop the merged copy of the text tower. Raises `KeyError` if there is none."""
         del self._merged[adapter_name]
 
+    def train(self, mode: bool = True):
+        """As every module's; merged copies, which training would leave behind, are dropped."""
+        if mode:
+            self._merged.clear()
+        return super().train(mode)
+
     def _apply(self, fn, recurse: bool = True):
         for tower in self._merged.values():  # they move with the model, but are none of its parameters
             tower._apply(fn, recurse)
@@ -223,7 +229,48 @@ def add_composing_adapters(text_model: nn.Module, rank: int, alpha: int, dropout
     inject(text_model, ADAPTER_NAME, config)
 
 
+def try_on(text_model: nn.Module, config: LoraConfig, tensors: dict[str, torch.Tensor], path: str) -> None:
+    """Put an adapter on a text tower without weights. Raises `ValueError` unless it fits and is LoRA alone."""
+    kind = config.init_lora_weights
+    if isinstance(kind, str) and kind.startswith(REWRITING):
+        raise ValueError(
+            f"{path}: an adapter begun by {kind!r} belongs to weights that PEFT changed for it, and the tower is "
+            "frozen; save it with PEFT's conversion to plain LoRA (path_initial_model_for_weight_conversion)"
+        )
+    more = [name for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
+            if getattr(config, name, None)]  # fmt: skip
+    if more:
+        raise ValueError(f"{path} changes more than LoRA does ({', '.join(more)}), and the tower is frozen")
+    with torch.device("meta"):
+        trial = type(text_model)._from_config(copy.deepcopy(text_model.config))
+    before = {name for name, _ in trial.named_parameters()}
+    try:
+        inject(trial, ADAPTER_NAME, config)
+        wanted = get_peft_model_state_dict(trial, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+        after = {
+            n.replace(".base_layer.", ".") for n, _ in trial.named_parameters() if not of_adapter(n, ADAPTER_NAME)
+        }
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{path} does not fit this text tower: {error!r}") from error
+    if before != after or not all(isinstance(layer.get_base_layer(), nn.Linear) for layer in lora_layers(trial)):
+        raise ValueError(f"{path} changes more of the text tower than LoRA on its linear layers")
+    problems = sorted({k for k, v in wanted.items() if k not in tensors or tensors[k].shape != v.shape})
+    problems += sorted(tensors.keys() - wanted.keys())
+    if problems:
+        raise ValueError(
+            f"{path} is no adapter of this text tower: tensors {problems[:5]} (of {len(problems)}) are missing, "
+            "unknown, or of another shape"
+        )
+
+
+def of_adapter(parameter: str, name: str) -> bool:
+    """Whether a parameter's name is one of the adapter's."""
+    return re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", parameter) is not None
+
+
 def inject(text_model: nn.Module, name: str, config: LoraConfig) -> None:
+    config = copy.deepcopy(config)
+    config.init_lora_weights = True  # whatever it was begun with, which may read or change the tower's weights
     required = {n.replace(".base_layer.", "."): p.requires_grad for n, p in text_model.named_parameters()}
     try:
         with warnings.catch_warnings():
@@ -232,10 +279,10 @@ def inject(text_model: nn.Module, name: str, config: LoraConfig) -> None:
     except ValueError as error:
         raise ValueError(f"adapter {name!r} does not fit the text tower: {error}") from error
     for path, parameter in text_model.named_parameters():  # injection freezes everything but the adapters
-        if f".{name}." in path and "lora_" in path:
+        if of_adapter(path, name):
             parameter.requires_grad_(name == ADAPTER_NAME)
         else:
-            parameter.requires_grad_(required[path.replace(".base_layer.", ".")])
+            parameter.requires_grad_(required.get(path.replace(".base_layer.", "."), False))
     for layer in lora_layers(text_model):
         layer._disable_adapters = True
 

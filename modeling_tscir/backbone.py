@@ -27,8 +27,12 @@ logger = logging.get_logger(__name__)
 
 def backbone_fingerprint(clip: CLIPModel) -> str:
     """Digest of a backbone: names, shapes and sixty-four values of every tensor, in their stored precision."""
+    return fingerprint_of_tensors(clip.state_dict())
+
+
+def fingerprint_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         if "position_ids" in name:
             continue
         values = tensor.detach().flatten()
@@ -43,6 +47,8 @@ def backbone_fingerprint(clip: CLIPModel) -> str:
 def refuse_other_models(path: str, hub: dict) -> None:
     """Raise `ValueError` unless `path` has a TSCIR configuration that asks for no code but its own."""
     content = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: its config.json is no model's configuration")
     found = content.get("model_type")
     if found == TSCIRConfig.model_type:
         refuse_foreign_code(path, content)
@@ -57,11 +63,21 @@ def refuse_other_models(path: str, hub: dict) -> None:
 
 def refuse_foreign_code(path: str, config: dict) -> None:
     """A checkpoint's code lies beside it; one that names another repository's or another module is refused."""
-    named = dict(config.get("auto_map") or {})
-    named |= {task: entry.get("impl") for task, entry in (config.get("custom_pipelines") or {}).items()}
+    named = {}
+    try:
+        named |= dict(config.get("auto_map") or {})
+        named |= {task: entry.get("impl") for task, entry in (config.get("custom_pipelines") or {}).items()}
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        parts += [part for part in (config.get("clip_config") or {}).values() if isinstance(part, dict)]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its config.json is no model's configuration: {error!r}") from error
+    for part in parts:  # a kernel of the Hub's is code, too
+        for name in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(part.get(name) or ""):
+                named[name] = part[name]
     for name, code in named.items():
         for place in code if isinstance(code, (list, tuple)) else [code]:
-            if place is not None and str(place).split(".")[0] not in CODE:
+            if place is not None and str(place).removeprefix(f"{path}--").split(".")[0] not in CODE:
                 raise ValueError(
                     f"{path}: its config.json wants code from {place!r} ({name}), which is not this model's own; "
                     "nothing was loaded. Take that entry out, or use a checkpoint of a source you trust."
@@ -75,6 +91,26 @@ def told_of_damage(path: str) -> Iterator[None]:
         yield
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: its weights are damaged ({error}); fetch or write them again") from error
+
+
+def refuse_other_forms(path: str, hub: dict) -> None:
+    """Raise `ValueError` if an index of shards names anything but safetensors."""
+    index = cached_file(
+        path,
+        "model.safetensors.index.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **hub,
+    )
+    if index is None:
+        return
+    try:
+        names = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of weights: {error!r}") from error
+    other = sorted(str(name) for name in names if not str(name).endswith(".safetensors"))
+    if other:
+        raise ValueError(f"{index} names {other[0]!r}; weights are read from safetensors alone")
 
 
 def commit_of(cached: str) -> str | None:
@@ -111,6 +147,7 @@ def load_backbone(
         remedy = " Load it with TSCIRModel.from_pretrained." if config.model_type == TSCIRConfig.model_type else ""
         raise ValueError(f"{name} holds a model of type {config.model_type!r}, not a CLIPModel.{remedy}")
     attn = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    refuse_other_forms(name, hub)
     try:
         with told_of_damage(name):
             clip = CLIPModel.from_pretrained(name, dtype="auto", use_safetensors=True, **hub, **attn)

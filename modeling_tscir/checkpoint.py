@@ -7,13 +7,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPModel
 from transformers.utils import cached_file, logging
 
-from .adapters import ADAPTER_NAME, check_name
-from .backbone import BackboneNotFoundError, load_backbone, refuse_other_models, told_of_damage
+from .adapters import ADAPTER_CONFIG, ADAPTER_NAME, check_name, of_adapter
+from .backbone import BackboneNotFoundError, load_backbone, refuse_other_forms, refuse_other_models, told_of_damage
 from .configuration_tscir import TSCIRConfig
 
 
@@ -92,18 +93,23 @@ class CheckpointMixin:
         hub = {
             k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if k in kwargs
         }
+        refuse_other_models(path, hub)
+        refuse_other_forms(path, hub)
+        quiet = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        if cached_file(path, ADAPTER_CONFIG, **quiet, **hub) is not None:
+            raise ValueError(
+                f"{path} has an {ADAPTER_CONFIG} beside the model's; put that adapter into {ADAPTERS}/NAME"
+            )
         if config is None:
-            refuse_other_models(path, hub)
             config = cls.config_class.from_pretrained(path, **hub)
         if backbone is not None:
-            config.backbone_name_or_path, config.backbone_revision = os.fspath(backbone), None
-        delta = cached_file(
-            path,
-            DELTA_NAME,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **hub,
-        )
+            name = os.fspath(backbone)
+            config.backbone_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
+            config.backbone_revision = None
+        delta = cached_file(path, DELTA_NAME, **quiet, **hub)
         if delta is None:
             kwargs["use_safetensors"] = True
             loading = kwargs.pop("output_loading_info", False)
@@ -139,7 +145,7 @@ class CheckpointMixin:
         name = config.backbone_name_or_path
         beside = Path(delta).parent / (name or "")
         if name and not os.path.isabs(name) and beside.is_dir():
-            name = str(beside)
+            name = config.backbone_name_or_path = str(beside.resolve())  # so that it is found wherever it is saved
         try:
             clip, fingerprint, _ = load_backbone(name, config.backbone_revision, dtype, attn, **hub)
         except BackboneNotFoundError as error:
@@ -181,8 +187,16 @@ class CheckpointMixin:
 
     def own_state_dict(self) -> dict[str, torch.Tensor]:
         """Every tensor but those of further composing adapters, which have folders of their own."""
-        own = f".{ADAPTER_NAME}."
-        return {k: v for k, v in self.state_dict().items() if ".lora_" not in k or own in k}
+        layers = self.clip.text_model.named_modules(prefix="clip.text_model")
+        wrapped = [path for path, m in layers if isinstance(m, LoraLayer) and ADAPTER_NAME not in m.lora_A]
+        bare = {f"{path}.base_layer.": f"{path}." for path in wrapped}  # by further adapters alone
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            if ".lora_" in name and not of_adapter(name, ADAPTER_NAME):
+                continue
+            layer = f"{name.rpartition('.')[0]}."
+            tensors[name.replace(layer, bare[layer]) if layer in bare else name] = tensor
+        return tensors
 
     def save_pretrained(self, save_directory, backbone: str = "full", **kwargs):
         """Write a folder that `from_pretrained` reads, on its own or as remote code.
@@ -202,7 +216,7 @@ class CheckpointMixin:
             delta = {k: v.contiguous() for k, v in self.delta_state_dict().items()}
             kwargs["state_dict"] = dict(delta)  # saving empties what it is given
         further = [name for name in self.adapter_names if name != ADAPTER_NAME]
-        if further and backbone == "full":
+        if self.adapter_names and backbone == "full":
             kwargs["state_dict"] = dict(self.own_state_dict())
         self.config.adapters = further
         if kwargs.get("is_main_process", True):

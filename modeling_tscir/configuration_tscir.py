@@ -75,7 +75,9 @@ class TSCIRConfig(PreTrainedConfig):
             self.clip_config = self.clip_config.to_dict()
         self.clip_config = CLIPConfig(**(self.clip_config or {}))
         self.lora_target_modules = list(self.lora_target_modules)
-        self.adapters = list(self.adapters)
+        if isinstance(self.adapters, str):
+            raise ValueError(f"adapters is a list of names, not {self.adapters!r}")
+        self.adapters = list(self.adapters or ())
         # Written by `to_dict` always, but kept as an attribute only by remote code: with the package installed the
         # task is registered, and the attribute would make `pipeline()` ask for `trust_remote_code`.
         custom_pipelines = kwargs.pop("custom_pipelines", None)

@@ -169,11 +169,18 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
                 name = name_of(entry.path, top, prefix)
                 other = found.files.path_of(name)
                 if other is not None:
-                    note(entry.path, f"another file has the same id, {os.fsdecode(other)!r}")
+                    # Under another id, as the file that came first keeps this one.
+                    reason = f"another file has the same id, {os.fsdecode(other)!r}"
+                    found.unreadable.append({"id": f"{name} (a second file)", "reason": reason})
                     continue
-                found.files.add(File(name, entry.path, status.st_size, status.st_mtime_ns))
+                found.files.add(File(name, entry.path, status.st_size, time_of(status)))
         waiting += reversed(folders)
     return found
+
+
+def time_of(status: os.stat_result) -> int:
+    """Time of change in nanoseconds, as far as 64 bits go."""
+    return max(-(2**63), min(2**63 - 1, status.st_mtime_ns))
 
 
 def name_of(path: bytes, top: bytes, prefix: str) -> str:
@@ -187,17 +194,18 @@ def same_file(path: bytes, other: bytes) -> bool:
     return os.path.realpath(path) == os.path.realpath(other)
 
 
-def gone_from(root: str | os.PathLike, found: Found) -> set[str]:
-    """Ids of files that were in `root` or below and are no longer there; those of folders that cannot be read stay."""
-    below = below_of(root)
+def gone_from(roots: Sequence[str | bytes | os.PathLike], found: Found) -> set[str]:
+    """Ids of files that were in one of `roots` or below and are no longer there; those of folders that cannot be read
+    stay."""
+    below_one = [below_of(root) for root in roots]
     closed = tuple(f"{name}/" for name in found.closed_folders)
     return {
         name
         for name, path in found.files.missing()
-        if below(path)
+        if any(below(path) for below in below_one)
         and not name.startswith(closed)
         and name not in found.closed_folders
-        and not os.path.lexists(path)
+        and (not os.path.lexists(path) or os.path.isdir(path))
     }
 
 

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -210,6 +210,7 @@ class Gallery:
             KeyError: with the ids that are not there.
         """
         with self.locked():
+            ids = list(ids)
             unknown = self.unknown(ids)
             if unknown:
                 raise KeyError(f"{self.folder} holds no {', '.join(map(repr, unknown[:5]))} ({len(unknown)} unknown)")
@@ -401,7 +402,7 @@ class Gallery:
         """
         check_search(queries, top_k, exclude, self.info["dimensions"])
         first, others = self._wanted(where)
-        excluded = self.rows.of(exclude)
+        excluded = self.rows.of(list(exclude))
         if (excluded >= 0).any():
             first = first & ~np.isin(self.rows.content, self.rows.content[excluded[excluded >= 0]])
         queries = queries.float().cpu()
@@ -612,7 +613,7 @@ def check_search(queries: torch.Tensor, top_k: int, exclude: Sequence[str], dime
         raise ValueError(f"queries are {tuple(queries.shape)}; this gallery wants [Q, {dimensions}]")
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k is a whole number of at least 1, not {top_k!r}")
-    if isinstance(exclude, str):
-        raise ValueError("exclude is a list of ids, not one id")
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        raise ValueError(f"exclude is a list of ids, not {exclude!r}")
     if not torch.isfinite(queries).all():
         raise ValueError("queries hold NaN or infinite values")

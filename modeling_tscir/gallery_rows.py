@@ -36,8 +36,9 @@ class Rows:
 
     def of(self, names: Sequence[str]) -> np.ndarray:
         """The row [n] of each name, -1 for those that are not there."""
+        names = list(names)
         rows = np.full(len(names), -1, dtype=np.int64)
-        wanted = hashed(list(names))
+        wanted = hashed(names)
         places = np.searchsorted(self._hashes, wanted, side="right") - 1
         # Names that share a hash lie side by side: go back among them.
         asked = np.flatnonzero((places >= 0) & (self._hashes[places] == wanted)) if len(self._hashes) else places[:0]
@@ -56,7 +57,10 @@ class Rows:
 
 def hashed(names: list[str]) -> np.ndarray:
     """Sixty-four bits of each name."""
-    return pd.util.hash_array(np.array(names, dtype=object), categorize=False)
+    try:
+        return pd.util.hash_array(np.array(names, dtype=object), categorize=False)
+    except UnicodeEncodeError:  # half a character, which no id has
+        return hashed([name.encode("utf-8", "backslashreplace").decode() for name in names])
 
 
 def numbered(contents: list[list[str]]) -> np.ndarray:

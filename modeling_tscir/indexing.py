@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .embedding import prefetched
-from .files import File, FileList, below_of, content_digest, find_files, gone_from, read_file, same_file
+from .files import File, FileList, below_of, content_digest, find_files, gone_from, read_file, same_file, time_of
 from .gallery import DTYPES, Gallery, GalleryError
 from .images import EXTENSIONS, load_image
 from .metadata import own_file, read_metadata, tidy
@@ -132,7 +132,7 @@ class Chunk:
     @staticmethod
     def _file(file: File) -> tuple[dict, bytes]:
         content, status = read_file(file.path)
-        row = {"id": file.id, "path": file.path, "size": len(content), "mtime_ns": status.st_mtime_ns}
+        row = {"id": file.id, "path": file.path, "size": len(content), "mtime_ns": time_of(status)}
         return row | {"content": content_digest(content), "picture": None}, content
 
     @staticmethod
@@ -298,12 +298,13 @@ class Plan:
 
     def report(self, gallery: Gallery, same: list[str], unreadable: list[dict[str, str]]) -> Report:
         """`gallery` as it was before; `same` and `unreadable` as they were met while reading."""
-        changed = self.replacing - len(same) - sum(bad["id"] in gallery for bad in unreadable)
+        lost = sum(bad["id"] in gallery for bad in unreadable)
+        changed = self.replacing - len(same) - lost
         return Report(
             added=len(self.todo) - len(same) - len(unreadable) - changed,
             changed=changed,
             unchanged=self.unchanged + len(same),
-            removed=len(self.gone),
+            removed=len(self.gone) + lost,
             moved=len(self.moved),
             unreadable=sorted(self.unreadable + unreadable, key=lambda bad: bad["id"]),
             linked=self.linked,
@@ -319,6 +320,10 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
         GalleryError: if the folder cannot be read, holds no picture, or has an id that another file has.
         MetadataError: if its metadata cannot be used.
     """
+    try:
+        prefix.encode()
+    except UnicodeEncodeError as error:
+        raise GalleryError(f"prefix {prefix!r} is no text: {error}") from error
     frame = read_metadata(root, metadata, prefix)
     found = find_files(root, prefix)
     if not found.files and not found.unreadable:
@@ -329,7 +334,7 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
         if not found.other[own.suffix]:
             del found.other[own.suffix]
     found.files.compare(gallery.files())
-    moved = {}
+    moved, before = {}, {}
     for file, path, same in found.files.elsewhere():
         if path is None or not same_file(path, file.path):
             if path is None or os.path.lexists(path):
@@ -337,6 +342,10 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
                 raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
             if same:
                 moved[file.id] = file.path
+            before[file.id] = path
+    # Where the folder lay before, if it was moved: its files that are gone were gone from there.
+    ends = {os.sep.encode() + name.removeprefix(prefix).encode(): path for name, path in before.items()}
+    left = {path[: -len(end)] for end, path in ends.items() if path.endswith(end) and len(path) > len(end)}
     todo, replacing = found.files.new_or_changed()
     described = set()
     if frame is not None:
@@ -345,7 +354,7 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
     return Plan(
         todo,
         replacing,
-        gone_from(root, found),
+        gone_from([root, *left], found),
         moved,
         frame,
         described,

@@ -16,6 +16,7 @@ from .adapters import (
     AdapterMixin,
     add_composing_adapters,
     composing,
+    of_adapter,
     reset_to_identity,
     uninitialised_lora_layers,
 )
@@ -127,10 +128,10 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Freeze everything but what the current stage trains, and give that by name."""
-        markers = {1: ("mapper.",), 2: (".lora_", f".{ADAPTER_NAME}.")}.get(self.config.stage, ())
+        belongs = {1: lambda name: name.startswith("mapper."), 2: lambda name: of_adapter(name, ADAPTER_NAME)}
         trained = {}
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(bool(markers) and all(marker in name for marker in markers))
+            parameter.requires_grad_(self.config.stage in belongs and belongs[self.config.stage](name))
             if parameter.requires_grad:
                 trained[name] = parameter
         return trained
@@ -263,6 +264,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         """
         if not -1 <= weight <= 1:
             raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
+        if adapter is not None:
+            self.known_adapter(adapter)
         if pixel_values is not None:
             image_embeds, pseudo_words = self.encode_reference(pixel_values)
         trained = self.mapper is not None

@@ -190,6 +190,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return inputs
 
     def _forward(self, inputs: dict, weight: float = 0.0, adapter: str | None = None) -> dict[str, torch.Tensor]:
+        if adapter is not None:
+            self.model.known_adapter(adapter)
         kinds, counts = inputs["kinds"], inputs["image_counts"]
         of_kind = {k: [i for i, kind in enumerate(kinds) if kind == k] for k in ("image", "text", "composed")}
         queries = torch.empty(len(kinds), self.model.config.clip_config.projection_dim, device=self.model.device)

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, EvalResultEntry, HfApi, ModelCardData, eval_result_entries_to_yaml
 
 from .configuration_tscir import TASK
+from .images import load_image
 
 
 LICENCES = {  # of the weights, by the backbone's name on the Hub
@@ -21,11 +23,14 @@ LICENCES = {  # of the weights, by the backbone's name on the Hub
     "laion/CLIP-*": "mit",
     "facebook/metaclip-*": "cc-by-nc-4.0",
 }
-PATHS = ("model_name_or_path", "dataset_name", "output_dir", "feature_cache_dir", "resume_from_checkpoint", "config")
+NAMES = ("model_name_or_path", "dataset_name")  # of folders, or on the Hub
+PATHS = (*NAMES, "output_dir", "feature_cache_dir", "resume_from_checkpoint", "config")
 SHOWN = (
     "dataset_name", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
     "num_processes", "learning_rate", "lr_scheduler_type", "weight_decay", "mixed_precision", "seed",
 )  # fmt: skip
+# What training records of local files is absolute; patterns have a suffix.
+ON_HUB = re.compile(r"[\w-]+/[\w-][\w.-]*(?<!\.tar)(?<!\.parquet)(?<!\.json)(?<!\.jsonl)(?<!\.csv)")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapters/*")
 
 
@@ -77,24 +82,34 @@ def write_repository(
         The files written, relative to `folder`.
 
     Raises:
-        ValueError: for results of another model, of a training-free method, or that cannot be read.
+        ValueError: for results of another model, of a training-free method, or that cannot be read; for a picture
+            that cannot be read; for the reference form of a backbone that is on no Hub.
     """
     folder = Path(folder)
     form = backbone or default_form(model)
+    config = model.config
+    known = public(config.backbone_name_or_path, config.backbone_revision)
+    if form == "reference" and known is None:
+        raise ValueError(
+            f"nobody else could fetch the backbone {config.backbone_name_or_path!r} (commit "
+            f"{config.backbone_revision}); publish in full form, or train on one that is on the Hub"
+        )
     read = [read_results(path, model) for path in results]
-    pictures = [(Path(picture), text) for picture, text in examples]
+    for picture, _ in examples:
+        load_image(picture)
     model.save_pretrained(folder, backbone=form)
-    forget_local_paths(folder / "config.json", keep_backbone=form == "reference")
+    forget_local_paths(folder, known)
     if processor is not None:
         processor.save_pretrained(folder)
     recorded = training_records(training or model.name_or_path)
     if recorded:
         (folder / "training_arguments.json").write_text(json.dumps(recorded, indent=2), encoding="utf-8")
     widget = []
-    for picture, text in pictures:
+    for number, (picture, text) in enumerate(examples):
         (folder / "examples").mkdir(exist_ok=True)
-        shutil.copy(picture, folder / "examples" / picture.name)
-        widget.append({"src": f"examples/{picture.name}", "text": text})
+        name = f"{number}{Path(picture).suffix}"
+        shutil.copy(picture, folder / "examples" / name)
+        widget.append({"src": f"examples/{name}", "text": text})
     entries = eval_entries(read, benchmark_datasets or {})
     if entries:
         import yaml
@@ -142,15 +157,18 @@ def upload_repository(
     )
 
 
-def forget_local_paths(path: Path, keep_backbone: bool) -> None:
-    """Take out of a config.json what names folders of this machine."""
+def forget_local_paths(folder: Path, backbone: str | None) -> None:
+    """Take out of the configurations what names folders of this machine."""
+    path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if not keep_backbone:
-        config["backbone_name_or_path"] = public(config["backbone_name_or_path"], config["backbone_revision"])
+    config["backbone_name_or_path"] = backbone
     for part in (config, config["clip_config"]):
         if "_name_or_path" in part:
-            part["_name_or_path"] = config["backbone_name_or_path"] or ""
+            part["_name_or_path"] = backbone or ""
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in folder.glob("adapters/*/adapter_config.json"):
+        config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": backbone}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def public(name: str | None, commit: str | None) -> str | None:
@@ -173,7 +191,7 @@ def without_folders(record: dict) -> dict:
     for name, value in record.items():
         if name == "previous_stage":
             value = without_folders(value)
-        elif name in PATHS and isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value)):
+        elif name in PATHS and isinstance(value, str) and not (name in NAMES and ON_HUB.fullmatch(value)):
             value = os.path.basename(os.path.normpath(value))
         shortened[name] = value
     return shortened
@@ -247,7 +265,8 @@ def model_card(
     """README.md, metadata included; every figure and choice is read from the model or from what runs wrote."""
     config = model.config
     backbone = public(config.backbone_name_or_path, config.backbone_revision)
-    data = sorted({r["dataset_name"] for r in stages_of(recorded) if "/" in str(r.get("dataset_name", ""))})
+    named = [str(stage.get("dataset_name", "")) for stage in stages_of(recorded)]
+    data = sorted({name for name in named if ON_HUB.fullmatch(name)})
     metadata = ModelCardData(
         license=licence or licence_of(model),
         library_name="transformers",
@@ -416,6 +435,7 @@ def training_section(config, recorded: dict) -> str:
 def limits(model, licence: str, backbone: str | None) -> str:
     size = model.config.clip_config.vision_config.image_size
     web = ", and it was trained on captions from the web" if licence_of(model) != "other" else ""
+    stated = "not stated" if licence == "other" else licence
     see = f"Backbone: see `{backbone}`. " if backbone else ""
     return f"""## Limits and bias
 
@@ -427,5 +447,5 @@ def limits(model, licence: str, backbone: str | None) -> str:
 
 ## Licences
 
-This model: {licence}. {see}The data it was trained on keep the licences of their sources.
+This model: {stated}. {see}The data it was trained on keep the licences of their sources.
 """

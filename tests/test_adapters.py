@@ -218,3 +218,105 @@ def test_one_of_another_mapper_or_backbone_is_refused(stage2, tmp_path):
     stage2.config.backbone_fingerprint = "0" * 32
     with pytest.raises(ValueError, match="another (mapper|backbone)"):
         stage2.load_adapter(tmp_path / "adapter", "a")
+
+
+def write_peft(clip, folder, trained=True, **config):
+    """An adapter that PEFT alone wrote."""
+    tower = get_peft_model(clip.text_model, LoraConfig(**{"r": 3, "target_modules": ["q_proj"], **config}))
+    torch.manual_seed(6)
+    for name, parameter in tower.named_parameters():
+        if "lora_" in name and trained:
+            parameter.data += 0.3 * torch.randn(parameter.shape)
+    tower.save_pretrained(folder)
+    return folder
+
+
+def test_dropout_sleeps_where_the_model_does(stage2, clip, query, tmp_path):
+    stage2.load_adapter(write_peft(clip, tmp_path / "a", lora_dropout=0.5), "a")
+    assert torch.equal(composed(stage2, query, adapter="a"), composed(stage2, query, adapter="a"))
+    stage2.save_pretrained(tmp_path / "model")
+    again = TSCIRModel.from_pretrained(tmp_path / "model")
+    assert torch.equal(composed(again, query, adapter="a"), composed(stage2, query, adapter="a"))
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora", "gaussian"])
+def test_the_frozen_tower_stays_however_an_adapter_was_begun(stage2, clip, tensors_of, tmp_path, kind):
+    before = tensors_of(stage2)
+    folder = write_peft(clip, tmp_path / "a", init_lora_weights=kind)
+    if kind == "gaussian":
+        stage2.load_adapter(folder, "a")
+    else:
+        with pytest.raises(ValueError, match="weights that PEFT changed"):
+            stage2.load_adapter(folder, "a")
+    after = tensors_of(stage2)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["final_layer_norm"]},
+        {"target_modules": ["token_embedding"]},
+        {"target_modules": ["q_proj", "position_embedding"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+)
+def test_what_is_more_than_lora_is_refused_and_leaves_no_trace(stage1, clip, query, tensors_of, tmp_path, config):
+    before, own = tensors_of(stage1), composed(stage1, query)
+    folder = write_peft(clip, tmp_path / "a", **config)
+    with pytest.raises(ValueError, match=r"more|does not fit"):
+        stage1.load_adapter(folder, "a")
+    assert stage1.config.stage == 1 and stage1.adapter_names == [] and torch.equal(composed(stage1, query), own)
+    after = tensors_of(stage1)
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("form", ["full", "reference"])
+def test_in_bf16_it_is_still_its_own_mapper(stage2, fashion, query, tmp_path, form):
+    stage2.save_adapter(tmp_path / "adapter")
+    stage2.load_adapter(tmp_path / "adapter", "again")
+    stage2.save_pretrained(tmp_path / "model", backbone=form)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = TSCIRModel.from_pretrained(tmp_path / "model", dtype=dtype)
+        half.load_adapter(tmp_path / "adapter", "once-more")
+        given = {**query, "pixel_values": query["pixel_values"].to(dtype)}
+        assert torch.equal(composed(half, given, adapter="again"), composed(half, given))
+
+
+def test_layers_that_only_a_further_adapter_has_are_saved(clip_dir, clip, query, tmp_path):
+    stage0 = TSCIRModel.from_clip_pretrained(clip_dir, num_pseudo_words=2, lora_target_modules=["q_proj"])
+    stage0.add_mapper()
+    stage0.add_adapters()
+    stage0.eval()
+    stage0.load_adapter(write_peft(clip, tmp_path / "wide", target_modules=["q_proj", "fc1", "out_proj"]), "wide")
+    stage0.save_pretrained(tmp_path / "model", backbone="full")
+    again = TSCIRModel.from_pretrained(tmp_path / "model")
+    for name in ("default", "wide"):
+        assert torch.equal(composed(again, query, adapter=name), composed(stage0, query, adapter=name))
+    again.delete_adapter("wide")
+    again.save_pretrained(tmp_path / "less", backbone="full")
+    less = TSCIRModel.from_pretrained(tmp_path / "less")
+    assert torch.equal(composed(less, query), composed(stage0, query))
+
+
+def test_an_adapter_is_not_written_into_a_models_folder(stage2, tmp_path):
+    stage2.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="a folder of its own"):
+        stage2.save_adapter(tmp_path / "model")
+    (tmp_path / "model/adapter_config.json").write_text("{}", "utf-8")
+    with pytest.raises(ValueError, match=r"put that adapter into adapters/NAME"):
+        TSCIRModel.from_pretrained(tmp_path / "model")
+
+
+def test_training_drops_merged_copies_and_names_do_not_clash_with_layers(stage2, fashion, query, processor):
+    stage2.merge_adapter()
+    stage2.train()
+    stage2.trainable_parameters()
+    assert stage2.get_composed_features(**query).requires_grad
+    stage2.eval()
+    stage2.load_adapter(fashion, "layers")
+    trained = [name for name, p in stage2.named_parameters() if p.requires_grad]
+    assert trained and all(".default." in name for name in trained)
+    cir = ComposedImageRetrievalPipeline(model=stage2, processor=processor)
+    with pytest.raises(ValueError, match="no composing adapter"):
+        cir.run_single([["red"]], {}, {"adapter": "nope"}, {"embeds_only": True})

@@ -109,6 +109,49 @@ def test_names_whose_hashes_are_equal_are_told_apart(make, stage2, processor, pi
     assert gallery.ids == sorted(known, key=lambda name: (name == "0.png", known[name])) and gallery.rows.live.all()
 
 
+def test_two_files_of_one_id_do_not_cost_the_first(make, tmp_path):
+    folder = tmp_path / "clash"
+    folder.mkdir()
+    for name in (b"a\xff.png", b"a\\xff.png", b"b.png"):
+        noise(len(name)).save(tmp_path / "one.png")
+        shutil.copy(tmp_path / "one.png", os.path.join(os.fsencode(folder), name))
+    gallery = make(folder)
+    assert sorted(gallery.ids) == ["a\\xff.png", "b.png"]
+    assert [bad["id"] for bad in gallery.unreadable] == ["a\\xff.png (a second file)"]
+
+
+def test_ids_and_times_that_nothing_can_hold(make, stage2, processor, picture_folder):
+    os.utime(picture_folder / "0.png", ns=(10**19, 10**19))
+    gallery = make()
+    assert "0.png" in gallery and "\udcff" not in gallery
+    report = gallery.add(picture_folder, stage2, processor, progress=False)
+    assert (report.added, report.changed, report.unchanged) == (0, 0, 6)
+    with pytest.raises(KeyError):
+        gallery.remove(["\udcff"])
+    with pytest.raises(GalleryError, match="is no text"):
+        gallery.add(picture_folder, stage2, processor, progress=False, prefix="\udcff")
+    query = gallery.vectors(np.arange(1)).float()
+    assert len(gallery.search(query, exclude={"0.png", "\udcff"})[0]) == 5
+    for wrong in (None, "0.png", 3):
+        with pytest.raises(ValueError, match="exclude is a list"):
+            gallery.search(query, exclude=wrong)
+    gallery.remove(pd.Series(["0.png"], index=[7]))
+    assert len(gallery) == 5
+
+
+def test_what_was_gone_from_a_folder_that_moved_is_gone(make, stage2, processor, picture_folder, tmp_path):
+    gallery = make()
+    (picture_folder / "0.png").unlink()
+    (picture_folder / "2.png").unlink()
+    (picture_folder / "2.png").mkdir()
+    noise(3).save(picture_folder / "2.png/inner.png")
+    (picture_folder / "4.png").write_bytes(b"broken")
+    picture_folder.rename(tmp_path / "moved")
+    report = gallery.add(tmp_path / "moved", stage2, processor, progress=False)
+    assert sorted(gallery.ids) == ["2.png/inner.png", *(f"below/{i}.png" for i in (1, 3, 5))]
+    assert (report.added, report.moved, report.removed) == (1, 3, 3)
+
+
 def test_of_rows_with_one_id_the_last_is_live():
     contents = [f"{number:032x}" for number in (1, 2, 1, 2**127, 3)]
     table = pa.table({"id": ["a", "b", "a", "c", "a"], "content": contents})

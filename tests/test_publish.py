@@ -16,15 +16,16 @@ from conftest import ROOT
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 from test_remote_code import SCRIPT as WITHOUT_PACKAGE
+from transformers import AutoModel
 
-from modeling_tscir import ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
+from modeling_tscir import MINIATURE_CHECKPOINT, ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
 from modeling_tscir.publishing import default_form, licence_of, read_results, write_repository
 
 
 PREPARE = """
 import sys, torch
 from huggingface_hub import HfApi
-from modeling_tscir import ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
+from modeling_tscir import MINIATURE_CHECKPOINT, ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
 clip, = sys.argv[1:]
 api = HfApi()
 api.create_repo("alice/clip")
@@ -43,7 +44,7 @@ PUSH = """
 import sys, torch
 from transformers import pipeline
 import modeling_tscir
-from modeling_tscir import ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
+from modeling_tscir import MINIATURE_CHECKPOINT, ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
 model, processor = TSCIRModel.from_pretrained("trained"), TSCIRProcessor.from_pretrained("trained")
 model.push_to_hub("alice/both", processor=processor, backbone="full")
 model.push_to_hub("alice/both", processor=processor)  # the other form takes the first one's place
@@ -223,6 +224,47 @@ def test_the_card_says_what_runs_wrote(stage2, processor, picture_folder, tmp_pa
     assert not any(str(f).startswith((".eval_results", "examples")) for f in bare)
 
 
+def test_local_names_stay_here(stage2, processor, picture_folder, tmp_path):
+    stage2.save_adapter(tmp_path / "adapter")
+    stage2.load_adapter(tmp_path / "adapter", "again")
+    record = {
+        "dataset_name": "secret/project/shards/*.tar",
+        "model_name_or_path": "runs/secret",
+        "output_dir": "a/secret",
+    }
+    record["previous_stage"] = {"dataset_name": "secret/data.parquet", "model_name_or_path": "/home/secret"}
+    (tmp_path / "training_arguments.json").write_text(json.dumps(record), "utf-8")
+    with pytest.raises(ValueError, match="nobody else could fetch"):
+        write_repository(tmp_path / "out", stage2, backbone="reference")
+    assert not (tmp_path / "out").exists()
+    examples = [(str(picture_folder / "0.png"), "a"), (str(picture_folder / "below/1.png"), "b")]
+    shutil.copy(examples[1][0], picture_folder / "below/0.png")
+    examples[1] = (str(picture_folder / "below/0.png"), "b")
+    write_repository(tmp_path / "out", stage2, processor, training=tmp_path, examples=examples)
+    for path in (tmp_path / "out").rglob("*.json"):
+        text = path.read_text("utf-8")
+        assert str(tmp_path) not in text and "secret/" not in text.replace("runs/secret", ""), path
+    card = ModelCard.load(tmp_path / "out/README.md")
+    assert card.data.datasets is None and len({entry["src"] for entry in card.data.to_dict()["widget"]}) == 2
+    again = TSCIRModel.from_pretrained(tmp_path / "out")
+    assert again.adapter_names == ["default", "again"]
+    with pytest.raises(ValueError, match="missing"):
+        write_repository(tmp_path / "more", stage2, examples=[(str(tmp_path / "none.png"), "a")])
+
+
+def test_a_relative_backbone_is_found_from_elsewhere(tmp_path, monkeypatch):
+    """The packaged miniature names ../miniature_clip."""
+    model = TSCIRModel.from_pretrained(MINIATURE_CHECKPOINT)
+    model.save_pretrained(tmp_path / "one", backbone="reference")
+    TSCIRModel.from_pretrained(tmp_path / "one")
+    monkeypatch.chdir(MINIATURE_CHECKPOINT.parent)
+    TSCIRModel.from_pretrained(MINIATURE_CHECKPOINT, backbone="miniature_clip").save_pretrained(
+        tmp_path / "two", backbone="reference"
+    )
+    monkeypatch.chdir(tmp_path)
+    TSCIRModel.from_pretrained("two")
+
+
 def test_figures_of_another_model_are_refused(stage2, tmp_path):
     path = tmp_path / "results.json"
     other = {"name_or_path": "x", "trained_fingerprint": "0", "backbone_fingerprint": None}
@@ -297,8 +339,24 @@ def test_damaged_and_hostile_checkpoints(stage2, processor, tmp_path, form):
         (folder / "config.json").write_text(json.dumps(config | entry), "utf-8")
         with pytest.raises(ValueError, match="wants code from 'evil"):
             TSCIRModel.from_pretrained(folder)
+        with pytest.raises(ValueError, match="wants code from 'evil"):
+            AutoModel.from_pretrained(folder)
+    for entry in ({"attn_implementation": "evil/kernel"}, {"auto_map": "x"}, {"custom_pipelines": ["a"]},
+                  {"adapters": "n1"}, {"adapters": ["../n1"]}):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config | entry), "utf-8")
+        with pytest.raises(ValueError):
+            TSCIRModel.from_pretrained(folder)
+    (folder / "config.json").write_text("[]", "utf-8")
+    with pytest.raises(ValueError):
+        TSCIRModel.from_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     TSCIRModel.from_pretrained(folder)
+    # An index that names a pickle.
+    torch.save(stage2.state_dict(), folder / "pytorch_model.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(stage2.state_dict(), "pytorch_model.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ValueError, match="safetensors alone"):
+        TSCIRModel.from_pretrained(folder)
     assert not marker.exists()
 
 

@@ -1,7 +1,9 @@
 """The Accelerate loop of both stages: steps, log, validation, checkpoints, and what is left when it ends."""
 
 import contextlib
+import glob
 import json
+import os
 import platform
 import signal
 import sys
@@ -172,6 +174,9 @@ def train(
         settings = record | vars(args) | {"num_processes": accelerator.num_processes, "skipped_images": skipped}
         settings |= {"hours": progress.seconds / 3600, "hardware": hardware(accelerator), "versions": versions()}
         settings |= previous_stage(settings["model_name_or_path"])
+        for name in ("model_name_or_path", "dataset_name"):
+            if any(glob.iglob(settings[name])):  # of this machine, not a name on the Hub
+                settings[name] = os.path.abspath(settings[name])
         Path(args.output_dir, "training_arguments.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     # The process group must not be freed by DDP's destructor, which holds the interpreter's lock while gloo's threads
     # wait for it: a run that had ended would hang.
