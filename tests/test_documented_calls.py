@@ -20,7 +20,7 @@ from test_cirr import folder as cirr_folder  # noqa: F401  (a fixture)
 
 import modeling_tscir
 from modeling_tscir import ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor, cli
-from modeling_tscir.publishing import usage
+from modeling_tscir.model_card import usage
 
 
 PAGES = (

@@ -19,7 +19,8 @@ from test_remote_code import SCRIPT as WITHOUT_PACKAGE
 from transformers import AutoModel
 
 from modeling_tscir import MINIATURE_CHECKPOINT, ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
-from modeling_tscir.publishing import default_form, licence_of, read_results, write_repository
+from modeling_tscir.model_card import licence_of
+from modeling_tscir.publishing import default_form, read_results, write_repository
 
 
 PREPARE = """
