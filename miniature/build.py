@@ -96,11 +96,11 @@ def write_captions(output: Path, seed: int, further: bool = False) -> None:
     write_parquet(output / "captions" / "train-00000-of-00001.parquet", columns, images=["image"])
 
 
-def write_triplets(output: Path, seed: int, further: bool = False, number: int = NUM_TRIPLETS) -> None:
+def write_triplets(output: Path, seed: int, further: bool = False, number: int | None = None) -> None:
     """True edits in the training wordings, two of each reference."""
     rng = random.Random(f"triplets {seed}")
     drawn = training_groups(f"triplets {seed}", for_triplets=True, further=further)
-    groups = list(itertools.islice(drawn, number // 2))
+    groups = list(itertools.islice(drawn, (number or NUM_TRIPLETS) // 2))
     references = pictures([g.reference for g in groups], f"references {seed}")
     targets = pictures([t for g in groups for t in g.targets[:2]], f"targets {seed}")
     columns: dict[str, list] = {"reference": [], "modification": [], "target": [], "source": [], "quality": []}
