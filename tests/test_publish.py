@@ -43,6 +43,7 @@ TSCIRProcessor.from_clip_pretrained("alice/clip", num_pseudo_words=2).save_pretr
 """
 PUSH = """
 import sys, torch
+from huggingface_hub import HfApi
 from transformers import pipeline
 import modeling_tscir
 from modeling_tscir import MINIATURE_CHECKPOINT, ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
@@ -54,6 +55,11 @@ pipeline("composed-image-retrieval", model="trained").push_to_hub("alice/pipe", 
 again = TSCIRModel.from_pretrained("alice/both")
 for (name, mine), (_, theirs) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
     assert torch.equal(mine, theirs), name
+model.save_adapter("adapter")
+HfApi().create_repo("alice/adapter")
+HfApi().upload_folder(repo_id="alice/adapter", folder_path="adapter")
+again.load_adapter("alice/adapter", "fetched")
+assert torch.equal(*(layer.weight for layer in again.clip.text_model.encoder.layers[0].mlp.fc1.lora_B.values()))
 elsewhere = TSCIRModel.from_pretrained("alice/both", backbone=sys.argv[1])
 assert torch.equal(elsewhere.clip.text_projection.weight, model.clip.text_projection.weight)
 """
