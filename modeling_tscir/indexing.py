@@ -341,9 +341,9 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
                 other = "a dataset" if path is None else os.fsdecode(path)
                 raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
             if same:
-                moved[file.id] = file.path
-            before[file.id] = path
-    # Where the folder lay before, if it was moved: its files that are gone were gone from there.
+                moved[file.id], before[file.id] = file.path, path
+    # Where the folder lay before, told by files that are unchanged: what is gone from it was gone from there. A name
+    # alone tells nothing, as that folder may be on a disk that is not there just now.
     ends = {os.sep.encode() + name.removeprefix(prefix).encode(): path for name, path in before.items()}
     left = {path[: -len(end)] for end, path in ends.items() if path.endswith(end) and len(path) > len(end)}
     todo, replacing = found.files.new_or_changed()

@@ -152,6 +152,15 @@ def test_what_was_gone_from_a_folder_that_moved_is_gone(make, stage2, processor,
     assert (report.added, report.moved, report.removed) == (1, 3, 3)
 
 
+def test_a_folder_that_is_away_keeps_its_other_pictures(make, stage2, processor, picture_folder, tmp_path):
+    gallery = make()
+    picture_folder.rename(tmp_path / "away")
+    (tmp_path / "other").mkdir()
+    noise(77).save(tmp_path / "other/0.png")
+    report = gallery.add(tmp_path / "other", stage2, processor, progress=False)
+    assert (report.changed, report.removed) == (1, 0) and len(gallery) == 6
+
+
 def test_of_rows_with_one_id_the_last_is_live():
     contents = [f"{number:032x}" for number in (1, 2, 1, 2**127, 3)]
     table = pa.table({"id": ["a", "b", "a", "c", "a"], "content": contents})
