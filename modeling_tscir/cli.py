@@ -164,6 +164,7 @@ def run_index(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         shard_size=args.shard_size,
     )
+    processes.end()
     if not processes.main:
         return 0
     for line in report.sentences():

@@ -232,6 +232,11 @@ class Processes:
         if self.state:
             self.state.wait_for_everyone()
 
+    def end(self) -> None:
+        """Leave the group: one that a process takes to its exit aborts it, now and then."""
+        if self.state:
+            self.state.destroy_process_group()
+
     def together(self, values: list) -> list:
         """The lists of all processes, one after the other."""
         if not self.state:
