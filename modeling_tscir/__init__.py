@@ -6,7 +6,6 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_tscir import TASK, TSCIRConfig
-from .gallery import Gallery, GalleryError
 from .images import BadImagesError
 from .modeling_tscir import TSCIRModel, TSCIROutput
 from .pipeline_tscir import ComposedImageRetrievalPipeline
@@ -24,6 +23,17 @@ __all__ = [
     "TSCIROutput",
     "TSCIRProcessor",
 ]
+
+
+
+def __getattr__(name: str):
+    # pandas and PyArrow, which a gallery needs, take a tenth of the time that importing all the rest takes.
+    if name in ("Gallery", "GalleryError"):
+        from . import gallery
+
+        return getattr(gallery, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 MINIATURE_CHECKPOINT = Path(__file__).parent / "miniature_checkpoint"
 

@@ -1,5 +1,6 @@
 """Frozen features of many images or texts: decoding beside the forward pass, batches of one length, memory bounded."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,16 @@ from tqdm.auto import tqdm
 from .images import ImageSource, Selected
 
 
-def prefetched(function: Callable, items: Sequence, ahead: int = 2) -> Iterator:
-    """`function` of each item in order, computed in a thread up to `ahead` items early."""
+def batches_ahead(model) -> int:
+    """How many batches to decode beside a forward pass: none on a CPU, as both would want all of its cores."""
+    return 0 if model.device.type == "cpu" else 2
+
+
+def prefetched(function: Callable, items: Sequence, ahead: int) -> Iterator:
+    """`function` of each item in order, computed in a thread up to `ahead` items early; with 0 when it is due."""
+    if ahead == 0:
+        yield from map(function, items)
+        return
     with ThreadPoolExecutor(1) as pool:
         waiting = deque(pool.submit(function, item) for item in items[:ahead])
         for item in items[ahead:]:
@@ -23,16 +32,21 @@ def prefetched(function: Callable, items: Sequence, ahead: int = 2) -> Iterator:
 
 
 def image_batches(
-    processor, sources: Sequence[ImageSource], batch_size: int, ahead: int = 2
+    processor, sources: Sequence[ImageSource], batch_size: int, ahead: int = 0
 ) -> Iterator[torch.Tensor]:
-    """pixel_values [<= batch_size, 3, H, W] of pictures in order. `sources` is indexed as it is needed."""
+    """pixel_values [<= batch_size, 3, H, W] of pictures in order, decoded in threads, up to `ahead` batches early.
+
+    `sources` is indexed as it is needed.
+    """
     if batch_size < 1:
         raise ValueError(f"a batch needs at least one picture, not {batch_size}")
 
     def prepare(start: int) -> torch.Tensor:
-        return processor.pixel_values([sources[i] for i in range(start, min(start + batch_size, len(sources)))])
+        rows = range(start, min(start + batch_size, len(sources)))
+        return torch.cat(list(pool.map(lambda row: processor.pixel_values([sources[row]]), rows)))
 
-    return prefetched(prepare, range(0, len(sources), batch_size), ahead)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        yield from prefetched(prepare, range(0, len(sources), batch_size), ahead)
 
 
 @torch.no_grad()
@@ -42,7 +56,7 @@ def embed_images(
     """L2-normalised image embeddings [len(sources), D], fp32, on the CPU."""
     embeds = torch.empty(len(sources), model.config.clip_config.projection_dim)
     start = 0
-    for pixels in tracked(image_batches(processor, sources, batch_size), len(sources), batch_size, progress):
+    for pixels in tracked(image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress):
         features = model.get_image_features(pixels.to(model.device, model.dtype))
         embeds[start : start + len(pixels)] = F.normalize(features.float(), dim=-1).cpu()
         start += len(pixels)
@@ -55,7 +69,7 @@ def embed_images_with_patches(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Image embeddings [n, D] in fp32 and patch states [n, N, d_v] in bf16, on the CPU."""
     embeds, patches, start = None, None, 0
-    for pixels in tracked(image_batches(processor, sources, batch_size), len(sources), batch_size, progress):
+    for pixels in tracked(image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress):
         image_embeds, patch_states = model.encode_image(pixels.to(model.device, model.dtype))
         if embeds is None:
             embeds = torch.empty(len(sources), image_embeds.shape[1])
@@ -87,7 +101,7 @@ def embed_references(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Image embeddings [n, D] and pseudo-words [n, M, d_t] (None at stage 0) of references, fp32, on the CPU."""
     embeds, words = [], []
-    for pixels in tracked(image_batches(processor, sources, batch_size), len(sources), batch_size, progress):
+    for pixels in tracked(image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress):
         image_embeds, pseudo_words = model.encode_reference(pixels.to(model.device, model.dtype))
         embeds.append(image_embeds.float().cpu())
         if pseudo_words is not None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .embedding import prefetched
+from .embedding import batches_ahead, prefetched
 from .files import File, FileList, below_of, content_digest, find_files, gone_from, read_file, same_file, time_of
 from .gallery import DTYPES, Gallery, GalleryError
 from .images import EXTENSIONS, load_image
@@ -87,6 +87,7 @@ class Chunk:
     Args:
         items: files, or rows of a dataset as (id, {"bytes", "path"}).
         content_of: the digest of an id's picture that is there already; one that is the same is passed over.
+        ahead: batches decoded beside the forward pass.
     """
 
     def __init__(
@@ -96,9 +97,10 @@ class Chunk:
         processor,
         batch_size: int,
         pool: ThreadPoolExecutor,
+        ahead: int = 0,
     ):
         self.items, self.content_of, self.processor = items, content_of, processor
-        self.batch_size, self.pool = batch_size, pool
+        self.batch_size, self.pool, self.ahead = batch_size, pool, ahead
         self.rows: list[dict] = []
         self.same: list[str] = []
         self.unreadable: list[dict[str, str]] = []
@@ -109,7 +111,7 @@ class Chunk:
         def prepare(start: int) -> list:
             return list(self.pool.map(self._one, self.items[start : start + self.batch_size]))
 
-        for results in prefetched(prepare, range(0, len(self.items), self.batch_size)):
+        for results in prefetched(prepare, range(0, len(self.items), self.batch_size), self.ahead):
             good = [result for result in results if isinstance(result, tuple)]
             self.unreadable += [result for result in results if isinstance(result, dict)]
             self.same += [result for result in results if isinstance(result, str)]
@@ -414,7 +416,7 @@ def embed_todo(
     ):
         for start in starts:
             items = plan.todo[start : start + shard_size]
-            chunk = Chunk(items, gallery.content, processor, batch_size, pool)
+            chunk = Chunk(items, gallery.content, processor, batch_size, pool, batches_ahead(model))
             embeds = embed_chunk(chunk, model, dtype, bar)
             same += chunk.same
             unreadable += chunk.unreadable

@@ -3,6 +3,8 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -119,6 +121,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             top_k (`int`): results a query; 10 unless given.
             weight (`float`): -1 to 1, towards the picture (negative) or the text (positive), where a query has both.
             adapter (`str`): the composing adapter for these queries, of those that the model has.
+            return_images (`bool`): False leaves "image" out, which spares the decoding of what is found.
             where, exclude, exact: of a [`Gallery`]: conditions on its metadata, ids to leave out, and whether to leave
                 its index aside; see [`Gallery.search`].
             batch_size (`int`): queries a forward pass; 64 unless given.
@@ -161,10 +164,10 @@ class ComposedImageRetrievalPipeline(Pipeline):
     def _sanitize_parameters(
         self, top_k: int | None = None, weight: float | None = None, adapter: str | None = None, **more
     ):
-        given = {"top_k": top_k, **{k: more.pop(k, None) for k in ("where", "exclude", "exact")}}
+        given = {"top_k": top_k, **{k: more.pop(k, None) for k in ("return_images", "where", "exclude", "exact")}}
         unknown = {k for k in more if k not in ("trust_remote_code", "use_fast")}
         if unknown:
-            known = "image, text, content, top_k, weight, adapter, where, exclude, exact, batch_size"
+            known = "image, text, content, top_k, weight, adapter, return_images, where, exclude, exact, batch_size"
             raise TypeError(f"unknown arguments {sorted(unknown)}; known are {known}")
         composing = {k: v for k, v in (("weight", weight), ("adapter", adapter)) if v is not None}
         return {}, composing, {k: v for k, v in given.items() if v is not None}
@@ -227,6 +230,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         self,
         outputs: dict[str, torch.Tensor],
         top_k: int = 10,
+        return_images: bool = True,
         where=None,
         exclude=(),
         exact: bool = False,
@@ -237,17 +241,29 @@ class ComposedImageRetrievalPipeline(Pipeline):
             return queries
         if self.gallery is not None:
             results = self.gallery.search(queries, top_k, where, exclude, exact)
-            return [[with_picture(self.gallery, result) for result in row] for row in results]
-        if where is not None or exclude or exact:
+        elif where is not None or exclude or exact:
             raise ValueError("where, exclude and exact need a gallery on disk: index(Gallery.load(folder))")
-        scores, indices = rank(queries.to(self.gallery_embeds.device), self.gallery_embeds, top_k)
-        return [
-            [
-                {"score": score, "id": self.gallery_ids[i], "image": load_image(self.gallery_sources[i])}
-                for score, i in zip(*row, strict=True)
+        else:
+            scores, indices = rank(queries.to(self.gallery_embeds.device), self.gallery_embeds, top_k)
+            results = [
+                [{"score": score, "id": self.gallery_ids[i], "row": i} for score, i in zip(*row, strict=True)]
+                for row in zip(scores.tolist(), indices.tolist(), strict=True)
             ]
-            for row in zip(scores.tolist(), indices.tolist(), strict=True)
-        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves the interpreter's lock alone
+            finished = partial(self._finished, return_images=return_images)
+            return [list(pool.map(finished, row)) for row in results]
+
+    def _finished(self, result: dict, return_images: bool) -> dict:
+        """A result with its "image", or with None and the "problem" there is, if it is a gallery's."""
+        row = result.pop("row", None)
+        if not return_images:
+            return result
+        if row is not None:
+            return result | {"image": load_image(self.gallery_sources[row])}
+        try:
+            return result | {"image": self.gallery.picture(result["id"])}
+        except ValueError as error:
+            return result | {"image": None, "problem": str(error)}
 
     def save_pretrained(self, save_directory, **kwargs):
         """Model, processor and code in one folder; the indexed gallery is not saved."""
@@ -279,14 +295,6 @@ class Picture(NamedTuple):
     """A picture in a query, which a string there would not be."""
 
     source: ImageSource
-
-
-def with_picture(gallery, result: dict) -> dict:
-    """A result with its "image", or None and the "problem" there is."""
-    try:
-        return result | {"image": gallery.picture(result["id"])}
-    except ValueError as error:
-        return result | {"image": None, "problem": str(error)}
 
 
 def kind_of(query: list) -> str:

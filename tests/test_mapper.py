@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import initialization as init
 
-from modeling_tscir.mapper import PseudoWordMapper, initialise_mapper_weights
+from modeling_tscir.mapper import InjectionBlock, PseudoWordMapper, initialise_mapper_weights
 
 
 def new(num_blocks: int, seed: int = 0) -> PseudoWordMapper:
@@ -39,3 +39,23 @@ def test_every_parameter_learns():
     torch.nn.init.normal_(mapper.output_projection.weight)
     mapper(torch.randn(5, 24), torch.randn(5, 16, 40)).square().sum().backward()
     assert all(p.grad is not None for p in mapper.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_through_the_few_queries_is_multihead_attention(training):
+    """Values, gradients, and which weights dropout takes."""
+    torch.manual_seed(0)
+    block = InjectionBlock(hidden_size=24, num_heads=3, dropout=0.3).train(training)
+    torch.nn.init.normal_(block.attention.in_proj_bias)
+    states, patches = torch.randn(2, 4, 24, requires_grad=True), torch.randn(2, 10, 24, requires_grad=True)
+    wanted = [states, patches, *block.attention.parameters()]
+    torch.manual_seed(1)
+    ours = block.attend(states, patches)
+    torch.manual_seed(1)
+    theirs, _ = block.attention(states, patches, patches, need_weights=False)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    upstream = torch.randn_like(ours)
+    for own, other in zip(
+        torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
+    ):
+        assert torch.allclose(own, other, atol=1e-4)

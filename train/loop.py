@@ -107,6 +107,7 @@ def train(
         ],
         lr=args.learning_rate,
         betas=(0.9, 0.98),
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
     objective, optimizer = accelerator.prepare(objective, optimizer)
     total = args.max_steps if args.max_steps > 0 else batches.steps_an_epoch * args.num_train_epochs
