@@ -18,11 +18,35 @@ sys.path.append(str(ROOT))
 
 from miniature.build import build_further, write_captions, write_triplets  # noqa: E402
 from miniature.compare import CLIP  # noqa: E402
+from miniature.scenes import KINDS_NOT_IN_TRIPLETS, allowed_in_stage1, allowed_in_triplets  # noqa: E402
+from miniature.worlds import further_scene_worlds  # noqa: E402
 
 
 POOL = 30_000  # triplets of either quality, of which mixtures take the first
 COLUMNS = ("reference", "modification", "target", "source", "quality", "reference_id", "target_id")
 FILE = "train-00000-of-00001.parquet"
+
+
+MET = "everything met in training"
+NEW_KIND = "a kind of edit new to stage II"
+NEW_TO_STAGE2 = "a shape or pair of attributes new to stage II"
+NEW_TO_STAGE1 = "a shape or pair of attributes new to stage I"
+NOVELTIES = (MET, NEW_KIND, NEW_TO_STAGE2, NEW_TO_STAGE1)
+
+
+def novelties(world: str) -> list[str]:
+    """For each query of a further world's CIRR benchmark, in order, one of NOVELTIES: the last of them that holds."""
+    found = []
+    for group in further_scene_worlds()[world].groups:
+        for edit, target in zip(group.edits, group.targets, strict=True):
+            scenes = group.reference, target
+            if not all(map(allowed_in_stage1, scenes)):
+                found.append(NEW_TO_STAGE1)
+            elif not all(map(allowed_in_triplets, scenes)):
+                found.append(NEW_TO_STAGE2)
+            else:
+                found.append(NEW_KIND if edit.kind in KINDS_NOT_IN_TRIPLETS else MET)
+    return found
 
 
 @dataclass(frozen=True)

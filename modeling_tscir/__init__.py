@@ -25,7 +25,6 @@ __all__ = [
 ]
 
 
-
 def __getattr__(name: str):
     # pandas and PyArrow, which a gallery needs, take a tenth of the time that importing all the rest takes.
     if name in ("Gallery", "GalleryError"):

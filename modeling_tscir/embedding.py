@@ -56,7 +56,9 @@ def embed_images(
     """L2-normalised image embeddings [len(sources), D], fp32, on the CPU."""
     embeds = torch.empty(len(sources), model.config.clip_config.projection_dim)
     start = 0
-    for pixels in tracked(image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress):
+    for pixels in tracked(
+        image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress
+    ):
         features = model.get_image_features(pixels.to(model.device, model.dtype))
         embeds[start : start + len(pixels)] = F.normalize(features.float(), dim=-1).cpu()
         start += len(pixels)
@@ -69,7 +71,9 @@ def embed_images_with_patches(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Image embeddings [n, D] in fp32 and patch states [n, N, d_v] in bf16, on the CPU."""
     embeds, patches, start = None, None, 0
-    for pixels in tracked(image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress):
+    for pixels in tracked(
+        image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress
+    ):
         image_embeds, patch_states = model.encode_image(pixels.to(model.device, model.dtype))
         if embeds is None:
             embeds = torch.empty(len(sources), image_embeds.shape[1])
@@ -101,7 +105,9 @@ def embed_references(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Image embeddings [n, D] and pseudo-words [n, M, d_t] (None at stage 0) of references, fp32, on the CPU."""
     embeds, words = [], []
-    for pixels in tracked(image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress):
+    for pixels in tracked(
+        image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress
+    ):
         image_embeds, pseudo_words = model.encode_reference(pixels.to(model.device, model.dtype))
         embeds.append(image_embeds.float().cpu())
         if pseudo_words is not None:

@@ -1,22 +1,38 @@
+import io
+import json
 import shutil
 
 import ablation
 import ablation_data
+import ablation_measures
+import ablation_report
+import harness
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
 from ablation import Grid, Runner
-from ablation_data import Mixture
+from ablation_data import MET, NEW_KIND, NOVELTIES, Mixture
+from ablation_measures import MEASURES, write_table
+from ablation_report import report, summarise
+from combiner import fit_combiner
 from conftest import ROOT
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from splits import Split
 
 from miniature.compare import SHOWN
+from modeling_tscir.embedding import embed_images
 
 
-@pytest.mark.parametrize("name", ["components", "number", "quality", "baselines"])
+@pytest.mark.parametrize(
+    "name", ["components", "alternatives", "number", "quality", "baselines", "readout", "forgetting"]
+)
 def test_the_stored_grids_are_understood(name):
     grid = Grid.read(ROOT / f"eval/ablation/{name}.yaml")
-    assert len(grid.seeds) == 5 and len(grid.claims) > 5
+    assert len(grid.seeds) == 5 and len(grid.claims) > 1
 
 
 def write_pool(folder, quality: str, count: int) -> None:
@@ -51,6 +67,10 @@ def test_mixtures_are_of_the_number_and_quality_asked_for(tmp_path):
         ({"runs": {"a": {"stage1": "full", "triplets": {"number": 0}}}}, "run 'a': a mixture has 1 to"),
         ({"runs": {"a": {"stage1": "full", "triplets": {"many": 5}}}}, "run 'a': .*unexpected keyword"),
         ({"claims": {"c": ["a", "b"]}}, r"claim 'c': \['a', 'b'\] are not two of"),
+        ({"runs": {"a": {"method": "magic"}}}, "run 'a': methods and what they may have are"),
+        ({"runs": {"a": {"method": "sum", "epochs": 3}}}, "run 'a': methods and what they may have are"),
+        ({"measure": "taste"}, "measure is one of retrieval, readout, forgetting, not 'taste'"),
+        ({"claims": {"c": ["a", "a", "b"]}}, r"claim 'c': 'b' is none of"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, change, message):
@@ -75,8 +95,8 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
     def call(self, command, log):
         commands.append([str(part) for part in command])
         if "--evaluate" in command:
-            command[command.index("--evaluate") + 2].parent.mkdir(parents=True, exist_ok=True)
-            command[command.index("--evaluate") + 2].write_bytes(b"x")
+            command[command.index("--evaluate") + 3].parent.mkdir(parents=True, exist_ok=True)
+            command[command.index("--evaluate") + 3].write_bytes(b"x")
         else:
             folder = command[command.index("--output_dir") + 1]
             folder.mkdir(parents=True)
@@ -122,17 +142,139 @@ def test_the_report_tells_effects_as_they_are(tmp_path):
             for metric in SHOWN:
                 value = (rng.random(300) < share).astype(float)
                 cluster = [f"c{i // 2}" for i in range(300)]
+                new = np.resize(NOVELTIES, 300) if metric.startswith("cirr") else ""
+                if run == "other" and metric == "cirr_recall_at_1":
+                    value = np.where(new == NEW_KIND, 0.0, np.where(new == MET, 1.0, value))
                 frames.append(pd.DataFrame({"metric": metric, "cluster": cluster, "value": value, "query": range(300),
-                                            "run": run, "seed": seed}))  # fmt: skip
+                                            "run": run, "seed": seed, "novelty": new}))  # fmt: skip
     table = pd.concat(frames, ignore_index=True)
-    tidy, claims, details = ablation.summarise(table, GRID)
+    claimed = GRID.claims | {"new kinds are found": ["whole", "other", NEW_KIND]}
+    tidy, claims, details = summarise(table, claimed, MEASURES["retrieval"])
     assert len(tidy) == 3 * 2 * len(SHOWN) and set(tidy["queries"]) == {300}
-    assert [claim["verdict"] for claim in claims] == ["holds", "cannot be told"]
+    assert [claim["verdict"] for claim in claims] == ["holds", "cannot be told", "holds"]
+    assert claims[2]["effect"] == pytest.approx(0.6, abs=0.1) and abs(claims[1]["effect"]) < 0.05
     assert claims[0]["effect"] == pytest.approx(0.4, abs=0.05) and claims[0]["ci_low"] > 0.3
     assert {"claim", "verdict", "effect", "ci_low", "ci_high"} <= set(claims[0])
-    text = ablation.report(table, GRID, claims, details, "small grid", tmp_path)
+    text = report(table, list(GRID.runs), claims, details, MEASURES["retrieval"], "small grid", tmp_path)
+    assert "of 75, 75, 75, 75 queries" in text and "| other | " in text
     assert "| stage II helps | +" in text and "300 (R@1)" in text
     assert (tmp_path / "effects.png").stat().st_size > 5000
+
+
+def test_reports_of_several_grids_are_gathered(tmp_path, monkeypatch, capsys):
+    """From stored query values alone, by world; what is said of test lies in one file beside the grids."""
+    monkeypatch.setattr(ablation_report, "novelties", lambda world: list(np.resize(NOVELTIES, 200)))
+    rng = np.random.default_rng(0)
+    for name, better in (("first", 0.6), ("second", 0.2)):
+        results = tmp_path / name
+        grid = vars(GRID) | {
+            "runs": {k: GRID.runs[k] for k in ("alone", "whole")},
+            "claims": {name: ["whole", "alone"]},
+        }
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(grid), "utf-8")
+        queries = [
+            {"split": split, "benchmark": benchmark, "cluster": f"{split}-1 {i // 2}"}
+            for split in ("val", "test")
+            for benchmark in ("cirr", "fashioniq", "circo")
+            for i in range(200)
+        ]
+        write_table(pd.DataFrame(queries), results / "queries.parquet")
+        for run, share in (("alone", 0.2), ("whole", better)):
+            for seed in GRID.seeds:
+                values = [
+                    {
+                        "split": split,
+                        "metric": metric,
+                        "value": float(rng.random() < (share if split == "test" else 0.5)),
+                    }
+                    for split in ("val", "test")
+                    for metric in SHOWN
+                    for _ in range(200)
+                ]
+                write_table(pd.DataFrame(values), results / f"queries/{run}-{seed}.parquet")
+        for world in ("val", "test"):
+            flags = ["--config", tmp_path / f"{name}.yaml", "--output_dir", tmp_path / "out", "--results_dir", results]
+            monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, flags), "--world", world])
+            ablation.main()
+            assert f"| {name} | " in (results / world / "report.md").read_text("utf-8")
+            assert len(pd.read_csv(results / world / "table.csv")) == 2 * 2 * len(SHOWN)
+    gathered = json.loads((tmp_path / "claims.json").read_text("utf-8"))
+    assert [(claim["grid"], claim["verdict"]) for claim in gathered] == [
+        ("first", "holds"),
+        ("second", "cannot be told"),
+    ]
+    assert gathered[0]["ci_low"] < gathered[0]["effect"] < gathered[0]["ci_high"]
+
+
+def test_what_is_told_linearly_is_what_is_there():
+    rng = torch.Generator().manual_seed(0)
+    features = torch.randn(600, 8, generator=rng)
+    labels = np.where(features[:, 0] > 0, "yes", "no")
+    told = ablation_measures.read_linearly(features[:400], labels[:400], {"rest": features[400:]})
+    assert (told["rest"] == labels[400:]).mean() > 0.9
+    shuffled = ablation_measures.read_linearly(features[:400], rng_permuted(labels[:400]), {"rest": features[400:]})
+    assert (shuffled["rest"] == labels[400:]).mean() < 0.7
+
+
+def rng_permuted(labels: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(0).permutation(labels)
+
+
+def test_the_combiner_learns_what_a_sum_cannot():
+    """A target that lies at the negative of the text."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (F.normalize(torch.randn(600, 12, generator=generator), dim=-1) for _ in range(2))
+    targets = F.normalize(images - texts, dim=-1)
+    combiner = fit_combiner(images[:500], texts[:500], targets[:500], 20.0, seed=0, epochs=60, batch_size=100)
+    with torch.no_grad():
+        queries = combiner(images[500:], texts[500:])
+    assert torch.allclose(queries.norm(dim=-1), torch.ones(100), atol=1e-5)
+
+    def right(made: torch.Tensor) -> int:
+        return int(((made @ targets[500:].T).argmax(1) == torch.arange(100)).sum())
+
+    assert right(queries) > 2 * right(F.normalize(images[500:] + texts[500:], dim=-1))
+
+
+def test_methods_on_the_plain_clip_make_queries(stage0, processor, pictures, tmp_path):
+    files = []
+    for picture in pictures:
+        buffer = io.BytesIO()
+        picture.save(buffer, "png")
+        files.append({"bytes": buffer.getvalue(), "path": None})
+    rows = {"reference": files[:5], "target": files[1:], "modification": ["red", "b", "that c", "a", "red that"]}
+    features = Features({n: Value("string") if n == "modification" else ImageFeature() for n in rows})
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    split = Split(image_ids=list("abcdef"), sources=pictures, files=[], query_ids=[0, 1], references=[0, 3],
+                  texts=[("red",), ("a", "b")], annotation_files=(), truths=[[1], [2]])  # fmt: skip
+    embeds = embed_images(stage0, processor, pictures)
+    made = {}
+    for run in ({"method": "sum", "weight": 0.5}, {"method": "slerp", "weight": 0.5},
+                {"method": "combiner", "triplets": str(tmp_path), "seed": 0, "epochs": 2}):  # fmt: skip
+        made[run["method"]] = ablation_measures.composer(run, (stage0, processor))(split, embeds)
+        assert made[run["method"]].shape == (2, 24)
+    expected = F.normalize(embeds[0] + harness.compose("text", stage0, processor, split, embeds)[0], dim=-1)
+    assert torch.allclose(made["sum"][0], expected, atol=1e-5) and not torch.allclose(made["combiner"][0], expected)
+
+
+@pytest.mark.parametrize(("measure", "metrics"), [("readout", 6), ("forgetting", 3)])
+def test_what_is_drawn_is_measured(clip_dir, stage2, processor, tmp_path, monkeypatch, measure, metrics):
+    """From pictures to every scene's value of every metric."""
+    stage2.save_pretrained(tmp_path / "stage2")
+    processor.save_pretrained(tmp_path / "stage2")
+    monkeypatch.setattr(ablation_measures, "SCENES", 40)
+    monkeypatch.setattr(ablation_measures, "CLIP", clip_dir)
+    ablation_measures.readout_scenes.cache_clear()
+    try:
+        MEASURES[measure].prepare(tmp_path / "out", tmp_path)
+        MEASURES[measure].evaluate({"model": str(tmp_path / "stage2")}, tmp_path / "values.parquet", tmp_path / "out")
+    finally:
+        ablation_measures.readout_scenes.cache_clear()
+    values = pd.read_parquet(tmp_path / "values.parquet")
+    counts = values.groupby(["split", "metric"]).size()
+    assert len(counts) == 2 * metrics and set(counts) == {40} and set(values["value"]) <= {0.0, 1.0}
+    assert set(values["metric"]) == set(MEASURES[measure].shown)
+    assert len(pd.read_parquet(tmp_path / "queries.parquet")) == 80
 
 
 @pytest.mark.slow
@@ -147,6 +289,6 @@ def test_a_small_grid_from_beginning_to_end(tmp_path, monkeypatch, capsys):
     flags = ["--config", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--max_steps", 2]
     monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, flags)])
     ablation.main()
-    assert "| adapters help |" in (tmp_path / "out/results/report.md").read_text("utf-8")
-    table = pd.read_csv(tmp_path / "out/results/table.csv")
+    assert "| adapters help |" in (tmp_path / "out/results/val/report.md").read_text("utf-8")
+    table = pd.read_csv(tmp_path / "out/results/val/table.csv")
     assert set(table["run"]) == {"alone", "TSCIR"} and table["queries"].min() > 4000

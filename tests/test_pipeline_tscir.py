@@ -36,6 +36,8 @@ def test_results_are_cosines_best_first(cir, stage2, processor, pictures):
     assert [r["id"] for r in results] == order[:4].tolist()
     assert [r["score"] for r in results] == pytest.approx(scores[:4].tolist(), abs=1e-5)
     assert all(r["image"].tobytes() == pictures[r["id"]].tobytes() for r in results)
+    bare = cir(image=pictures[0], text="red", top_k=4, return_images=False)
+    assert bare == [{"score": r["score"], "id": r["id"]} for r in results]
 
 
 def test_every_kind_of_gallery_gives_the_same_ranking(cir, pictures, picture_folder):

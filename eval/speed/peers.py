@@ -2,8 +2,8 @@
 
 Pic2Word, SEARLE, LinCIR and CLIP4CIR compute in fp32 on a CPU, decode in a DataLoader's processes, pad every text to
 CLIP's 77 tokens, and rank a gallery by sorting all of it and looking up the names of the whole ranking. Pic2Word's
-training runs the frozen vision tower on every step; CLIP4CIR's fine-tuning runs it on reference and target and trains the
-whole text tower; LinCIR trains on captions alone, reading each twice.
+training runs the frozen vision tower on every step; CLIP4CIR's fine-tuning runs it on reference and target and trains
+the whole text tower; LinCIR trains on captions alone, reading each twice.
 """
 
 import os

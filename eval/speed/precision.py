@@ -24,10 +24,8 @@ def compare_with_clip(clip: Path, rows: int = 8) -> dict[str, float]:
     own = CLIPModel.from_pretrained(clip).eval()
     ids = torch.randint(1, 500, (rows, 12), generator=generator)
     ids[:, -1] = own.config.text_config.eos_token_id
-    wanted = [
-        own.get_image_features(pixel_values=pixels).pooler_output,
-        own.get_text_features(input_ids=ids).pooler_output,
-    ]
+    outputs = own.get_image_features(pixel_values=pixels), own.get_text_features(input_ids=ids)
+    wanted = [output.pooler_output for output in outputs]
     found = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = TSCIRModel.from_clip_pretrained(clip, dtype=dtype)
@@ -39,8 +37,8 @@ def compare_with_clip(clip: Path, rows: int = 8) -> dict[str, float]:
 
 
 def compare_rankings(folder: Path, queries: int = 1000, k: int = 10) -> dict[str, float]:
-    """The miniature's checkpoint on its val world: the least cosine between bf16's embeddings and fp32's, and the share
-    of queries with the same best ten and the same best one."""
+    """The miniature's checkpoint on its val world: the least cosine between bf16's embeddings and fp32's, and the
+    share of queries with the same best ten, and with the same best one."""
     write_cirr(folder, "val")
     _, splits = read_benchmark("CIRR", folder / "val", folder, queries)
     split = splits[""]

@@ -49,7 +49,8 @@ def of(seconds: float) -> str:
 
 
 def one_line(line: dict) -> str:
-    return f"{line['work']}, {line['shape']}: {times(line['vs_peers'])} of the peers, {times(line['vs_limit'])} of the limit"
+    ratios = f"{times(line['vs_peers'])} times the peers, {times(line['vs_limit'])} of the limit"
+    return f"{line['work']}, {line['shape']}: {ratios}"
 
 
 def entries(figures: dict) -> list[dict]:
@@ -79,44 +80,41 @@ def write_report(figures: dict, folder: Path) -> None:
 
 
 def sections(figures: dict) -> list[str]:
-    m, precision = figures["machine"], figures["precision"]
+    """The report's lines."""
+    m, p = figures["machine"], figures["precision"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    slower = times(figures["bf16_over_fp32"])
+    without = "" if m["amx"] else " This processor has none, so that every ratio to the peers lacks that factor."
     lines = [
         "# How fast\n",
-        f"`python eval/speed/benchmark.py` on {name_of(m)}, {m['threads']} threads; {versions}. CLIPs of random weights, "
-        f"texts as long as CIRR's, photos of 400 x 533. Ours computes in {figures['dtype']}, the faster here (bf16 takes "
-        f"{times(figures['bf16_over_fp32'])} times as long as fp32); the peers in fp32. Medians of {figures['rounds']} paired "
-        "runs with their range.\n",
-        "The targets are for two cores with AMX, where bf16 is some four times as fast as fp32."
-        + ("" if m["amx"] else " This processor has none, so that every ratio to the peers lacks that factor.")
-        + "\n",
-        "| work | model | rows | ours | times as fast as the peers | target | times as long as the limit | target | "
-        "peak GiB, ours / peers |",
+        f"`python eval/speed/benchmark.py` on {name_of(m)}, {m['threads']} threads; {versions}.",
+        f"CLIPs of random weights, texts as long as CIRR's, photos of 400 x 533. Ours computes in {figures['dtype']},",
+        f"the faster here (bf16 takes {slower} times as long as fp32); the peers compute in fp32.",
+        f"Medians of {figures['rounds']} paired runs with their range.\n",
+        f"The targets are for two cores with AMX, where bf16 is some four times as fast as fp32.{without}\n",
+        "| work | model | rows | ours | times as fast as the peers | target | times as long as the limit | target "
+        "| peak GiB, ours / peers |",
         "|" + "---|" * 9,
     ]
     for line in figures["works"]:
-        target = WORKS[line["work"]].targets
-        peak = f"{line['peak_gib']['ours']:.2f} / {line['peak_gib']['peers']:.2f}"
-        cells = [
-            line["work"],
-            line["shape"],
-            f"{line['rows']:,}",
-            of(line["seconds"]["ours"]),
-            times(line["vs_peers"]),
-        ]
-        cells += [f"{target[0]}", times(line["vs_limit"]), "" if target[1] is None else f"{target[1]}", peak]
+        target, peak = WORKS[line["work"]].targets, line["peak_gib"]
+        cells = [line["work"], line["shape"], f"{line['rows']:,}", of(line["seconds"]["ours"])]
+        cells += [times(line["vs_peers"]), f"{target[0]}", times(line["vs_limit"])]
+        cells += ["" if target[1] is None else f"{target[1]}", f"{peak['ours']:.2f} / {peak['peers']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     imports = figures["imports"]
-    lines.append(
-        f"| `import modeling_tscir` | | | {of(imports['seconds']['ours'])} | | | {times(imports['ratio'])} | 1.1 | "
-        f"{imports['peak_gib']['ours']:.2f} / {imports['peak_gib']['limit']:.2f} (limit) |"
-    )
+    cells = ["`import modeling_tscir`", "", "", of(imports["seconds"]["ours"]), "", "", times(imports["ratio"]), "1.1"]
+    cells.append(f"{imports['peak_gib']['ours']:.2f} / {imports['peak_gib']['limit']:.2f} (limit)")
     lines += [
-        "\nThe limit: decoding and the two towers' forward passes (queries); the larger of decoding and forward on one "
-        "core each (gallery); the frozen vision tower's forward pass (stage I); the text tower with adapters, forward and "
-        "backward (stage II); matrix product and partial sort (evaluation); `import transformers` with CLIP.\n",
+        f"| {' | '.join(cells)} |",
+        "\nThe limit: decoding and the two towers' forward passes (queries); the larger of decoding and forward on one",
+        "core each (gallery); the frozen vision tower's forward pass (stage I); the text tower with adapters, forward and",
+        "backward (stage II); matrix product and partial sort (evaluation); `import transformers` with CLIP. Peak memory",
+        "is what a process holds of its own during a call, without weights, which are mapped from their file, and",
+        "without the peers' decoding processes; of the import it is the whole.\n",
         "## One lever at a time\n",
-        "How many times as fast the peers' way becomes by one of ours alone.\n",
+        "How many times as fast as the peers' way it is with one of ours alone, and LinCIR's way, which sees no picture;",
+        "and how many times as fast as ours with `torch.compile`, which would enter from 1.3 on.\n",
         "| work | model | lever | times as fast |",
         "|---|---|---|---|",
     ]
@@ -127,15 +125,14 @@ def sections(figures: dict) -> list[str]:
     ]
     lines += [
         "\n## Precision\n",
-        f"Features in fp32 differ from CLIPModel's by at most {precision['fp32_difference']:.1g}; in bf16 their cosine is at "
-        f"least {precision['bf16_least_cosine']:.5f}. The miniature's checkpoint, {precision['queries']:,} queries of its val "
-        f"world among {precision['pictures']:,} pictures with near-duplicates: in bf16 the least cosine is "
-        f"{precision['least_cosine_pictures']:.5f} of pictures and {precision['least_cosine_queries']:.5f} of queries; "
-        f"{100 * precision['same_ten']:.1f}% of the queries have the same ten pictures first, "
-        f"{100 * precision['same_one']:.1f}% the same one.\n",
+        f"Features in fp32 differ from CLIPModel's by at most {p['fp32_difference']:.1g}; in bf16 their cosine is at",
+        f"least {p['bf16_least_cosine']:.5f}. The miniature's checkpoint, {p['queries']:,} queries of its val world among",
+        f"{p['pictures']:,} pictures with near-duplicates: in bf16 the least cosine is {p['least_cosine_pictures']:.5f} of",
+        f"pictures and {p['least_cosine_queries']:.5f} of queries; {100 * p['same_ten']:.1f}% of the queries have the same",
+        f"ten pictures first, {100 * p['same_one']:.1f}% the same one.\n",
         "## How cost grows\n",
         "![Seconds and peak memory by size](growth.png)\n",
-        "ViT-B/32; medians of three. Peak memory is the whole process's.\n",
+        "ViT-B/32; medians of three.\n",
         "| work | size | seconds, ours / peers | peak GiB, ours / peers |",
         "|---|---|---|---|",
     ]

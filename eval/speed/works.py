@@ -145,9 +145,12 @@ def with_ids_of(clip: Path, config: CLIPConfig) -> CLIPConfig:
 # ----- composed queries
 
 
-def our_queries(setting: Setting) -> Callable:
+def our_queries(setting: Setting, compiled: bool = False) -> Callable:
     """Through the pipeline; result pictures are not decoded, as the peers return names."""
     model, processor = setting.model(1)
+    if compiled:
+        model.clip.vision_model.compile()
+        model.clip.text_model.encoder.compile(dynamic=True)
     cir = ComposedImageRetrievalPipeline(model=model, processor=processor)
     cir.gallery_embeds = setting.embeds(setting.gallery)
     cir.gallery_ids = cir.gallery_sources = [f"{i:09d}.jpg" for i in range(setting.gallery)]
@@ -451,6 +454,7 @@ SHORT, BF16, CACHED = Levers(short_texts=True), Levers(bf16=True), Levers(cached
 SORT, NAMES = Levers(partial_sort=True), Levers(few_names=True)
 QUERIES = {
     "ours": our_queries,
+    "ours, + torch.compile": partial(our_queries, compiled=True),
     "limit": limit_of_queries,
     **with_levers(peers_queries, short_texts=SHORT, bf16=BF16, partial_sort=SORT, few_names=NAMES),
 }
