@@ -1,6 +1,7 @@
 """TSCIR: composed image retrieval on a frozen CLIP, in two stages."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -24,16 +25,6 @@ __all__ = [
     "TSCIRProcessor",
 ]
 
-
-def __getattr__(name: str):
-    # pandas and PyArrow, which a gallery needs, take a tenth of the time that importing all the rest takes.
-    if name in ("Gallery", "GalleryError"):
-        from . import gallery
-
-        return getattr(gallery, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 MINIATURE_CHECKPOINT = Path(__file__).parent / "miniature_checkpoint"
 
 AutoConfig.register(TSCIRConfig.model_type, TSCIRConfig, exist_ok=True)
@@ -50,3 +41,15 @@ PIPELINE_REGISTRY.register_pipeline(
 TSCIRConfig.register_for_auto_class()
 TSCIRModel.register_for_auto_class("AutoModel")
 TSCIRProcessor.register_for_auto_class("AutoProcessor")
+
+if TYPE_CHECKING:
+    from .gallery import Gallery, GalleryError
+
+
+def __getattr__(name: str):
+    # When asked for: a gallery's pandas and PyArrow take as long to import as a tenth of all the rest.
+    if name in ("Gallery", "GalleryError"):
+        from . import gallery
+
+        return getattr(gallery, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
