@@ -86,9 +86,11 @@ def peak_gib(run: Callable[[], object]) -> float:
 
     def watch() -> None:
         nonlocal peak
-        while not done.wait(0.002):
+        while True:
             resident, shared = Path("/proc/self/statm").read_text("ascii").split()[1:3]
             peak = max(peak, (int(resident) - int(shared)) * page)
+            if done.wait(0.002):  # a call that is over sooner is seen once before it
+                return
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -211,7 +213,7 @@ def measure_curve(name: str, shape: str, dtype: str, folder: Path, rounds: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, help="CLIPs, photos, and every figure of the works that are done")
+    parser.add_argument("--output_dir", type=Path, help="keeps figures.json: what it holds is not done again")
     parser.add_argument("--results_dir", type=Path, help="for the report; OUTPUT_DIR/results unless told")
     parser.add_argument("--shapes", nargs="+", choices=["ViT-B/32", "ViT-L/14"], default=["ViT-B/32", "ViT-L/14"])
     parser.add_argument("--works", nargs="*", choices=list(WORKS), default=list(WORKS))
@@ -225,27 +227,44 @@ def main() -> None:
     if args.output_dir is None:
         parser.error("--output_dir is needed")
     results = args.results_dir or args.output_dir / "results"
-    results.mkdir(parents=True, exist_ok=True)
+    for path in (args.output_dir, results):
+        path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as inputs:
-        folder = Path(inputs)
-        write_inputs(folder, args.shapes, photos=64)
-        dtype, bf16 = faster_precision(folder, args.shapes[0])
-        figures = {"machine": machine(), "dtype": dtype, "bf16_over_fp32": bf16, "rounds": args.rounds}
-        clip = Setting(folder, args.shapes[0], dtype).clip
-        figures |= {"precision": compare_with_clip(clip) | compare_rankings(folder), "works": [], "curves": []}
-        figures["imports"] = import_times(args.rounds)
-        for shape in args.shapes:
-            for name in args.works:
-                if shape in WORKS[name].sizes:
-                    levers = shape == args.shapes[0] or len(WORKS[name].sizes) == 1
-                    line = measure_work(name, shape, dtype, folder, args.rounds, levers)
-                    figures["works"].append(line)
-                    print(one_line(line), flush=True)
-        for name in args.curves:
-            figures["curves"] += measure_curve(name, args.shapes[0], dtype, folder, 3)
-            print(name, flush=True)
-    (args.output_dir / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        figures = measure(args, Path(inputs), args.output_dir / "figures.json")
     write_report(figures, results)
+
+
+def measure(args: argparse.Namespace, folder: Path, path: Path) -> dict:
+    """Every figure; those that `path` holds of this machine and as many rounds are not measured again."""
+    figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if (figures.get("machine"), figures.get("rounds")) != (machine(), args.rounds):
+        figures = {"machine": machine(), "rounds": args.rounds, "works": [], "curves": []}
+
+    def keep() -> None:
+        path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+    write_inputs(folder, args.shapes, photos=64)
+    if "imports" not in figures:
+        figures["dtype"], figures["bf16_over_fp32"] = faster_precision(folder, args.shapes[0])
+        clip = Setting(folder, args.shapes[0], figures["dtype"]).clip
+        figures["precision"] = compare_with_clip(clip) | compare_rankings(folder)
+        figures["imports"] = import_times(args.rounds)
+        keep()
+    done = {(line["work"], line["shape"]) for line in figures["works"]}
+    for shape in args.shapes:
+        for name in args.works:
+            if shape in WORKS[name].sizes and (name, shape) not in done:
+                levers = shape == args.shapes[0] or len(WORKS[name].sizes) == 1
+                line = measure_work(name, shape, figures["dtype"], folder, args.rounds, levers)
+                figures["works"].append(line)
+                keep()
+                print(one_line(line), flush=True)
+    for name in args.curves:
+        if name not in {point["curve"] for point in figures["curves"]}:
+            figures["curves"] += measure_curve(name, args.shapes[0], figures["dtype"], folder, 3)
+            keep()
+            print(name, flush=True)
+    return figures
 
 
 if __name__ == "__main__":

@@ -177,6 +177,9 @@ def draw_growth(points: list[dict], path: Path) -> None:
                 if own:
                     axis.plot([p["size"] for p in own], [value(p) for p in own], style, label=way)
             axis.set_xscale("log")
+            sizes = sorted({p["size"] for p in points if p["curve"] == name})
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+            axis.minorticks_off()
             axis.set_ylabel(label)
             if part == 0:
                 axis.set_yscale("log")
