@@ -1,4 +1,4 @@
-"""Frozen features of many images or texts: decoding beside the forward pass, batches of one length, memory bounded."""
+"""Frozen features of many images or texts: decoding in threads, batches of one length, memory bounded."""
 
 import os
 from collections import deque
