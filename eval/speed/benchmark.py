@@ -4,8 +4,8 @@
 
 Every way of a work lives in a process of its own, on the same threads; the processes take turns, and figures are
 medians of ratios within a turn, with their range. The limit is the module's own forward pass, or forward and backward,
-in the same precision. CLIPs have random weights. Writes results.json, speed.md and a picture; about 50 minutes on two
-cores.
+in the same precision. CLIPs have random weights. Writes results.json, speed.md and a picture; about 65 minutes on
+two cores.
 """
 
 import argparse
