@@ -87,7 +87,8 @@ def sections(figures: dict) -> list[str]:
     without = "" if m["amx"] else " This processor has none, so that every ratio to the peers lacks that factor."
     lines = [
         "# How fast\n",
-        f"`python eval/speed/benchmark.py --output_dir runs/speed` on {name_of(m)}, {m['threads']} threads; {versions}.",
+        f"`python eval/speed/benchmark.py --output_dir runs/speed` on {name_of(m)},",
+        f"{m['threads']} threads; {versions}.",
         f"CLIPs of random weights, texts as long as CIRR's, photos of 400 x 533. Ours computes in {figures['dtype']},",
         f"the faster here (bf16 takes {slower} times as long as fp32); the peers compute in fp32.",
         f"Medians of {figures['rounds']} paired runs with their range.\n",
