@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import works
+import ways
 from clip_shapes import SHAPES, shape
 from conftest import ROOT
 from peers import Levers, Peer, preprocess, ranked
+from setting import Setting, write_inputs
 from speed_report import entries, write_report
-from works import CURVES, WORKS, Setting, with_levers, write_inputs
+from works import CURVES, WORKS, with_levers
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.images import load_image
@@ -75,8 +76,8 @@ def ours_length(processor: TSCIRProcessor, setting: Setting) -> int:
 
 def test_every_way_of_ranking_finds_the_same(folder):
     setting = Setting(folder, "tiny", "float32", rows=5, gallery=200)
-    ours = works.our_ranking(setting)()
-    for way in with_levers(works.peers_ranking, a=Levers(partial_sort=True), b=Levers(few_names=True)).values():
+    ours = ways.our_ranking(setting)()
+    for way in with_levers(ways.peers_ranking, a=Levers(partial_sort=True), b=Levers(few_names=True)).values():
         assert way(setting)() == ours
     assert ranked(torch.eye(2), torch.eye(2), np.array(["a", "b"]), 1, Levers()).tolist() == [["a"], ["b"]]
     found = [WORKS["evaluation of CIRCO's size"].ways[way](setting)() for way in ("ours", "peers", "+ partial sort")]

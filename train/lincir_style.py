@@ -102,6 +102,18 @@ class LincirObjective(Objective):
         return {"loss": (2 - 2 * similarity).mean(), "caption_similarity": similarity.mean()}
 
 
+def plain_start(clip: str, num_pseudo_words: int) -> tuple[TSCIRModel, TSCIRProcessor, TSCIRProcessor]:
+    """A model whose mapper will be a plain MLP, its processor, and one whose prompts have no words of their own."""
+    choices = {"num_pseudo_words": num_pseudo_words, "num_injection_blocks": 0, "soft_alignment_weight": 0.0}
+    model = TSCIRModel.from_clip_pretrained(clip, **choices)
+    processor = TSCIRProcessor.from_clip_pretrained(clip, num_pseudo_words)
+    return (
+        model,
+        processor,
+        TSCIRProcessor.from_clip_pretrained(clip, num_pseudo_words, prompt_template="{image} {text}"),
+    )
+
+
 def main() -> None:
     loop, data, args = parse_arguments(
         LoopArguments,
@@ -111,12 +123,7 @@ def main() -> None:
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
     accelerator: Accelerator = make_accelerator(loop)
-    choices = {"num_pseudo_words": args.num_pseudo_words, "num_injection_blocks": 0, "soft_alignment_weight": 0.0}
-    model = TSCIRModel.from_clip_pretrained(data.model_name_or_path, **choices)
-    processor = TSCIRProcessor.from_clip_pretrained(data.model_name_or_path, args.num_pseudo_words)
-    bare = TSCIRProcessor.from_clip_pretrained(
-        data.model_name_or_path, args.num_pseudo_words, prompt_template="{image} {text}"
-    )
+    model, processor, bare = plain_start(data.model_name_or_path, args.num_pseudo_words)
     rows, skipped = load_rows(data, {args.caption_column: "the caption"}, images=[])
     model.add_mapper()
     model.to(accelerator.device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from arguments import DataArguments, LoopArguments, parse_arguments, run_as_script
 from gradients import Objective, gather_with_gradient
-from lincir_style import masked
+from lincir_style import masked, plain_start
 from loop import make_accelerator, train
 from rows import RowBatches, load_rows
 from tqdm.auto import tqdm
@@ -137,12 +137,7 @@ def main() -> None:
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
     accelerator: Accelerator = make_accelerator(loop)
-    choices = {"num_pseudo_words": args.num_pseudo_words, "num_injection_blocks": 0, "soft_alignment_weight": 0.0}
-    model = TSCIRModel.from_clip_pretrained(data.model_name_or_path, **choices)
-    processor = TSCIRProcessor.from_clip_pretrained(data.model_name_or_path, args.num_pseudo_words)
-    bare = TSCIRProcessor.from_clip_pretrained(
-        data.model_name_or_path, args.num_pseudo_words, prompt_template="{image} {text}"
-    )
+    model, processor, bare = plain_start(data.model_name_or_path, args.num_pseudo_words)
     columns = {args.image_column: "the picture", args.caption_column: "its caption"}
     rows, skipped = load_rows(data, columns, images=[args.image_column])
     rows = rows.shuffle(seed=loop.seed).select(range(min(args.inverted_images, len(rows))))

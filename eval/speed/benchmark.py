@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from precision import compare_rankings, compare_with_clip
+from setting import Setting, write_inputs
 from speed_report import machine, one_line, write_report
-from works import CURVES, WORKS, Setting, write_inputs
+from works import CURVES, WORKS
 
 
 CALLS = 10  # of a single query, which takes too little time to be timed by itself

@@ -1,0 +1,302 @@
+"""Every work in our way, in the peers' way with and without each lever, and its limit.
+
+A way is a function of a `Setting` that prepares everything and gives what is timed: one call is one measurement.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from gradients import backward
+from harness import rank
+from mining import Miner
+from peers import FineTuningStep, Levers, LincirStep, Peer, Pic2WordStep, ranked
+from setting import Setting  # a neighbour, which puts train/ and eval/ on the path
+from splits import Split
+from stage1 import Stage1Objective
+from stage2 import Stage2Objective
+
+from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, TSCIRModel, TSCIRProcessor
+from modeling_tscir.adapters import ADAPTER_NAME, composing
+from modeling_tscir.images import load_image
+from modeling_tscir.metrics import mean_average_precision_at_k
+from modeling_tscir.ranking import top_k
+
+
+PEERS = Levers()
+
+
+# ----- composed queries
+
+
+def our_queries(setting: Setting, compiled: bool = False) -> Callable:
+    """Through the pipeline; result pictures are not decoded, as the peers return names."""
+    model, processor = setting.model(1)
+    if compiled:
+        model.clip.vision_model.compile()
+        model.clip.text_model.encoder.compile(dynamic=True)
+    cir = ComposedImageRetrievalPipeline(model=model, processor=processor)
+    cir.gallery_embeds = setting.embeds(setting.gallery)
+    cir.gallery_ids = cir.gallery_sources = [f"{i:09d}.jpg" for i in range(setting.gallery)]
+    queries = [{"image": path, "text": text} for path, text in zip(setting.photos, setting.texts, strict=True)]
+
+    def run() -> None:
+        cir(queries, top_k=10, return_images=False)
+
+    return run
+
+
+def peers_queries(setting: Setting, levers: Levers = PEERS) -> Callable:
+    peer = Peer(setting.clip, levers)
+    gallery, names = setting.embeds(setting.gallery), np.array([f"{i:09d}.jpg" for i in range(setting.gallery)])
+
+    def run() -> None:
+        ranked(peer.queries(setting.photos, setting.texts), gallery, names, 10, levers)
+
+    return run
+
+
+def limit_of_queries(setting: Setting) -> Callable:
+    """Pictures decoded, and each tower's own forward pass; no mapper, no search."""
+    model, processor = setting.model(1)
+    ids = processor.compose(setting.texts)["input_ids"]
+
+    @torch.no_grad()
+    def run() -> None:
+        pixels = processor.pixel_values(setting.photos)
+        model.clip.get_image_features(pixel_values=pixels.to(model.dtype))
+        model.clip.get_text_features(input_ids=ids)
+
+    return run
+
+
+# ----- a gallery from files
+
+
+def our_gallery(setting: Setting) -> Callable:
+    """What `tscir index` does: files found, read, decoded, embedded and written."""
+    model, processor = setting.model(0)
+    pictures, gallery = links(setting), setting.folder / "gallery"
+
+    def run() -> None:
+        shutil.rmtree(gallery, ignore_errors=True)
+        found = Gallery.from_folder(pictures, gallery, model, processor, progress=False)
+        assert len(found) == setting.rows, (len(found), setting.rows)
+
+    return run
+
+
+def links(setting: Setting) -> Path:
+    """A folder of as many files as are asked for, each with bytes of its own."""
+    folder = setting.folder / f"pictures-{setting.rows}"
+    if not folder.is_dir():
+        folder.mkdir()
+        for number, path in enumerate(setting.photos):
+            content = Path(path).read_bytes()
+            (folder / f"{number:07d}.jpg").write_bytes(content + number.to_bytes(4, "big"))
+    return folder
+
+
+def peers_gallery(setting: Setting, levers: Levers = PEERS) -> Callable:
+    peer, paths = Peer(setting.clip, levers), setting.photos
+
+    def run() -> None:
+        peer.gallery(paths, 32)
+
+    return run
+
+
+def one_core(work: Callable[[Setting], Callable], setting: Setting) -> Callable:
+    torch.set_num_threads(1)
+    return work(setting)
+
+
+def decoding(setting: Setting) -> Callable:
+    processor = TSCIRProcessor.from_clip_pretrained(setting.clip)
+    return lambda: [processor.pixel_values([load_image(path)]) for path in setting.photos]
+
+
+def vision_forward(setting: Setting, size: int = 32) -> Callable:
+    model, _ = setting.model(0)
+    pixels = setting.pixels.to(model.dtype)
+
+    @torch.no_grad()
+    def run() -> None:
+        for part in pixels.split(size):
+            model.get_image_features(part)
+
+    return run
+
+
+# ----- training steps
+
+
+class Step:
+    """A step of ours as `train/loop.py` makes it: loss, gradient, clipping, AdamW."""
+
+    def __init__(self, objective, model: TSCIRModel, batch: dict[str, torch.Tensor], accelerator: Accelerator):
+        self.batch, self.accelerator = batch, accelerator
+        self.trained = list(model.trainable_parameters().values())
+        optimizer = torch.optim.AdamW(self.trained, lr=1e-3, fused=True)
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        model.train()
+
+    def __call__(self) -> None:
+        backward(self.accelerator, self.objective, self.batch)
+        self.accelerator.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def accelerator_of(setting: Setting) -> Accelerator:
+    return Accelerator(cpu=True, mixed_precision="bf16" if setting.dtype == "bfloat16" else "no")
+
+
+def our_stage1(setting: Setting, cached: bool) -> Callable:
+    accelerator = accelerator_of(setting)
+    model, processor = setting.model(1, "float32")
+    objective = Stage1Objective(model, processor)
+    batch = {"caption_embeds": setting.embeds(setting.rows), "pixel_values": setting.pixels}
+    if cached:
+        batch |= objective.frozen({"pixel_values": batch.pop("pixel_values")})
+    return Step(objective, model, batch, accelerator)
+
+
+def peers_stage1(setting: Setting, levers: Levers = PEERS) -> Callable:
+    return Pic2WordStep(Peer(setting.clip, levers), setting.pixels)
+
+
+def lincirs_stage1(setting: Setting) -> Callable:
+    return LincirStep(Peer(setting.clip, Levers()), setting.texts)
+
+
+def our_stage2(setting: Setting) -> Callable:
+    """With mined negatives in the loss; mining itself is measured by the number of triplets."""
+    accelerator = accelerator_of(setting)
+    model, processor = setting.model(2, "float32")
+    prompts, count = processor.compose(setting.texts), model.config.num_mined_negatives
+    words = model.config.num_pseudo_words, model.config.clip_config.text_config.hidden_size
+    batch = {name: prompts[name] for name in ("input_ids", "pseudo_mask")}
+    batch |= {"pseudo_words": 0.02 * torch.randn(setting.rows, *words), "rows": torch.arange(setting.rows)}
+    batch |= {"reference_embeds": setting.embeds(setting.rows), "target_embeds": setting.embeds(setting.rows, 1)}
+    batch |= {"target_ids": batch["rows"], "mined_mask": torch.ones(setting.rows, count, dtype=torch.bool)}
+    batch["mined_embeds"] = setting.embeds(setting.rows * count, 2).unflatten(0, (setting.rows, count))
+    return Step(Stage2Objective(model), model, batch, accelerator)
+
+
+def peers_stage2(setting: Setting, levers: Levers = PEERS) -> Callable:
+    return FineTuningStep(Peer(setting.clip, levers), setting.pixels, setting.pixels.flip(0), setting.texts)
+
+
+def text_forward_and_backward(setting: Setting) -> Callable:
+    """The text tower with its adapters, from word embeddings to sentence embeddings and back."""
+    accelerator = accelerator_of(setting)
+    model, processor = setting.model(2, "float32")
+    model.trainable_parameters()
+    ids, tower = processor.compose(setting.texts)["input_ids"], model.clip.text_model
+
+    def run() -> None:
+        with accelerator.autocast(), composing(tower, ADAPTER_NAME):
+            tower(input_ids=ids).pooler_output.sum().backward()
+        model.zero_grad()
+
+    return run
+
+
+# ----- ranking
+
+
+def our_ranking(setting: Setting) -> Callable:
+    """What the pipeline and a gallery do once a query is embedded."""
+    queries, gallery = setting.embeds(setting.rows, 1), setting.embeds(setting.gallery)
+    names = [f"{i:012d}" for i in range(setting.gallery)]
+
+    def run() -> list[list[str]]:
+        return [[names[i] for i in row] for row in top_k(queries, gallery, 10)[1].tolist()]
+
+    return run
+
+
+def peers_ranking(setting: Setting, levers: Levers = PEERS) -> Callable:
+    queries, gallery = setting.embeds(setting.rows, 1), setting.embeds(setting.gallery)
+    names = np.array([f"{i:012d}" for i in range(setting.gallery)])
+    return lambda: ranked(queries, gallery, names, 10, levers).tolist()
+
+
+TRUTHS = 4  # right answers a query, as in CIRCO
+
+
+def judged(setting: Setting) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries near their right answers, a gallery, and which those are."""
+    generator = torch.Generator().manual_seed(0)
+    gallery = setting.embeds(setting.gallery)
+    truths = torch.randint(0, setting.gallery, (setting.rows, TRUTHS), generator=generator)
+    noise = torch.randn(setting.rows, gallery.shape[1], generator=generator)
+    return F.normalize(gallery[truths].sum(1) + 0.25 * noise, dim=-1), gallery, truths
+
+
+def our_evaluation(setting: Setting) -> Callable:
+    queries, gallery, truths = judged(setting)
+    split = Split(
+        image_ids=[str(i) for i in range(len(gallery))],
+        sources=[],
+        files=[],
+        query_ids=list(range(len(queries))),
+        references=[0] * len(queries),
+        texts=[("",)] * len(queries),
+        annotation_files=(),
+        truths=[list(dict.fromkeys(row)) for row in truths.tolist()],
+    )
+    return lambda: mean_average_precision_at_k(rank(split, queries, gallery).gallery.truth_ranks.numpy(), 50)
+
+
+def peers_evaluation(setting: Setting, levers: Levers = PEERS) -> Callable:
+    queries, gallery, truths = judged(setting)
+    names = np.array([f"{i:012d}" for i in range(len(gallery))])
+    wanted = [names[np.unique(row)] for row in truths.numpy()]
+
+    def run() -> float:
+        found, precisions = ranked(queries, gallery, names, 50, levers), []
+        for row, own in zip(found, wanted, strict=True):
+            hits = np.isin(row, own)
+            precisions.append((np.cumsum(hits) * hits / np.arange(1, 51)).sum() / len(own))
+        return float(np.mean(precisions))
+
+    return run
+
+
+def product_and_partial_sort(setting: Setting) -> Callable:
+    queries, gallery, _ = judged(setting)
+
+    def run() -> None:
+        for part in queries.split(128):
+            torch.topk(part @ gallery.T, 50, dim=1)
+
+    return run
+
+
+class RandomTriplets:
+    """As many triplets as are asked for, as `train/stage2.py` holds them once their features are computed."""
+
+    def __init__(self, setting: Setting, processor: TSCIRProcessor, num_pseudo_words: int, word_dim: int):
+        count, few = setting.gallery, setting.texts
+        self.processor, self.texts = processor, [few[i % len(few)] for i in range(count)]
+        self.target_embeds, self.target_ids = setting.embeds(count), torch.arange(count)
+        self.pseudo_words = 0.02 * torch.randn(count, num_pseudo_words, word_dim)
+
+    def prompts(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        prompt = self.processor.compose([self.texts[i] for i in rows])
+        return {name: prompt[name] for name in ("input_ids", "pseudo_mask")}
+
+
+def our_mining(setting: Setting) -> Callable:
+    """Mined negatives of the rows of a step, among as many targets as the gallery is large."""
+    model, processor = setting.model(2)
+    config = model.config
+    data = RandomTriplets(setting, processor, config.num_pseudo_words, config.clip_config.text_config.hidden_size)
+    rows = list(range(setting.rows))
+    return lambda: Miner(data, model, 1).mine(rows, config.num_mined_negatives, config.mined_negative_ceiling)
