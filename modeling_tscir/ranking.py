@@ -9,6 +9,7 @@ import torch
 
 
 SCORES_AT_A_TIME = 2**24  # 64 MiB of fp32
+QUERIES_AT_A_TIME = 64  # at least: with fewer, reading the gallery takes longer than the product
 
 
 class Ranking(NamedTuple):
@@ -32,11 +33,12 @@ def rank_gallery(
     k: int,
     truths: Sequence[Sequence[int]] | None = None,
     exclude: Sequence[Sequence[int]] | None = None,
-    scores_at_a_time: int = SCORES_AT_A_TIME,
+    scores_at_a_time: int | None = None,
 ) -> Ranking:
     """Rank a gallery for every query: a blocked matrix product and a partial sort, on the embeddings' device.
 
-    Works through the queries in blocks, so that memory stays at `scores_at_a_time` scores (one query's at least).
+    Works through the queries in blocks, so that memory stays at `scores_at_a_time` scores (one query's at least);
+    unless told, 2**24 of them, or 64 queries' where that is more.
 
     Args:
         query_embeds (`torch.Tensor` [Q, D]) and gallery_embeds (`torch.Tensor` [N, D]): L2-normalised, one device.
@@ -53,7 +55,8 @@ def rank_gallery(
     if not torch.isfinite(query_embeds).all():
         raise ValueError("query embeddings hold NaN or infinite values")
     k = min(k, len(gallery_embeds))
-    block_size = max(1, scores_at_a_time // len(gallery_embeds))
+    budget = scores_at_a_time or max(SCORES_AT_A_TIME, QUERIES_AT_A_TIME * len(gallery_embeds))
+    block_size = max(1, budget // len(gallery_embeds))
     blocks = []
     for start in range(0, len(query_embeds), block_size):
         rows = slice(start, start + block_size)

@@ -14,7 +14,7 @@ class Miner:
     """Mines for the rows that come next, every `refresh` steps. The bank is every target once, searched in blocks.
 
     Args:
-        dataset: `Stage2Data`, or what has its `prompts`, `pseudo_words`, `target_embeds` and `target_ids`.
+        dataset: `Stage2Data`, or what has its `target_embeds` and `target_ids` and gives its batches.
         rows_ahead: which rows this process takes in the `refresh` steps from a step on; None mines for all.
     """
 
@@ -53,14 +53,14 @@ class Miner:
         dropped = considered = 0
         for start in range(0, len(rows), self.batch_size):
             batch = rows[start : start + self.batch_size]
-            prompt = {k: v.to(model.device) for k, v in data.prompts(batch).items()}
+            features = {k: v.to(model.device) for k, v in data.__getitems__(batch).items()}
             queries = model.encode_with_pseudo_words(
-                **prompt, pseudo_words=data.pseudo_words[batch].to(model.device)
+                features["input_ids"], features["pseudo_mask"], features["pseudo_words"]
             ).float()
             own = [[place[int(data.target_ids[i])]] for i in batch]
             # Twice as many as wanted, as the ceiling may drop some.
             _, found = top_k(queries, bank, min(2 * count, len(bank) - 1), exclude=own)
-            close = torch.einsum("bhd,bd->bh", bank[found], data.target_embeds[batch].to(model.device)) > ceiling
+            close = torch.einsum("bhd,bd->bh", bank[found], features["target_embeds"]) > ceiling
             dropped, considered = dropped + int(close.sum()), considered + close.numel()
             order = torch.argsort(close.int(), dim=1, stable=True)[:, :count]  # those below the ceiling first
             mined.append(bank_rows[found.gather(1, order).cpu()])

@@ -66,7 +66,8 @@ class Stage2Data(torch.utils.data.Dataset):
     """Triplets as frozen features, computed once.
 
     A batch of B rows is {"rows" [B], "pseudo_words" [B, M, d_t], "reference_embeds" [B, D], "target_embeds" [B, D],
-    "target_ids" [B], "input_ids" and "pseudo_mask" [B, L]}. Of text triplets M is 0.
+    "target_ids" [B], "input_ids" and "pseudo_mask" [B, L]}. Of text triplets M is 0. Pseudo-words and embedding of a
+    reference are held once, however many rows are edits of it.
     """
 
     def __init__(
@@ -91,8 +92,8 @@ class Stage2Data(torch.utils.data.Dataset):
             model, self.processor, [references[i] for i in unique], size, progress="references"
         )
         position = {row: i for i, row in enumerate(unique)}
-        index = torch.tensor([position[first] for first in firsts])
-        self.reference_embeds, self.pseudo_words = embeds[index], words[index]
+        self.references = torch.tensor([position[first] for first in firsts])  # [rows], each row's among them
+        self.reference_embeds, self.pseudo_words = embeds, words
         # The fingerprint of datasets changes with the files and with everything done to the rows.
         key = feature_key(model, self.processor, [rows._fingerprint, len(rows), args.target_column, precision(model)])
         self.target_embeds = cached(
@@ -106,27 +107,26 @@ class Stage2Data(torch.utils.data.Dataset):
         targets = list(rows[args.target_caption_column])
         self.reference_embeds = embed_texts(model, self.processor, self.captions, progress="reference captions")
         self.target_embeds = embed_texts(model, self.processor, targets, progress="target captions")
+        self.references = torch.arange(len(rows))
         self.pseudo_words = torch.empty(len(rows), 0, model.config.clip_config.text_config.hidden_size)
         self.target_ids = torch.tensor(first_of_each(targets))
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def prompts(self, rows: list[int]) -> dict[str, torch.Tensor]:
-        """ "input_ids" and "pseudo_mask" [B, L] of rows."""
-        captions = None if self.captions is None else [self.captions[i] for i in rows]
-        prompt = self.processor.compose([self.texts[i] for i in rows], captions)
-        return {name: prompt[name] for name in ("input_ids", "pseudo_mask")}
-
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         index = torch.tensor(rows)
+        references = self.references[index]
+        captions = None if self.captions is None else [self.captions[i] for i in rows]
+        prompt = self.processor.compose([self.texts[i] for i in rows], captions)
         return {
             "rows": index,
-            "pseudo_words": self.pseudo_words[index],
-            "reference_embeds": self.reference_embeds[index],
+            "pseudo_words": self.pseudo_words[references],
+            "reference_embeds": self.reference_embeds[references],
             "target_embeds": self.target_embeds[index],
             "target_ids": self.target_ids[index],
-            **self.prompts(rows),
+            "input_ids": prompt["input_ids"],
+            "pseudo_mask": prompt["pseudo_mask"],
         }
 
 

@@ -288,9 +288,10 @@ class RandomTriplets:
         self.target_embeds, self.target_ids = setting.embeds(count), torch.arange(count)
         self.pseudo_words = 0.02 * torch.randn(count, num_pseudo_words, word_dim)
 
-    def prompts(self, rows: list[int]) -> dict[str, torch.Tensor]:
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         prompt = self.processor.compose([self.texts[i] for i in rows])
-        return {name: prompt[name] for name in ("input_ids", "pseudo_mask")}
+        batch = {name: prompt[name] for name in ("input_ids", "pseudo_mask")}
+        return batch | {name: getattr(self, name)[rows] for name in ("pseudo_words", "target_embeds")}
 
 
 def our_mining(setting: Setting) -> Callable:
