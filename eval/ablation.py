@@ -21,12 +21,14 @@ from pathlib import Path
 
 import yaml
 from ablation_data import NOVELTIES, ROOT, Mixture, make_data, of_seed, triplets_of
-from ablation_measures import MEASURES
+from ablation_measures import FORGETTING, READOUT, RETRIEVAL
 from ablation_report import collect, report, summarise
+from ablation_tasks import TASKS
 
 from miniature.compare import CLIP  # noqa: E402  (ablation_data puts its folder on the path)
 
 
+MEASURES = {"retrieval": RETRIEVAL, "readout": READOUT, "forgetting": FORGETTING, "tasks": TASKS}
 # On the plain CLIP, instead of the two stages, and what each may be given.
 METHODS = {"sum": {"weight"}, "slerp": {"weight"}, "combiner": {"epochs", "learning_rate", "triplets"}}
 
@@ -36,7 +38,8 @@ class Grid:
     """What a YAML file says: seeds, forms of stage I, runs, and claims about pairs of runs.
 
     Forms and runs are arguments of train/stage1.py and stage2.py; a form may name another `script`. A claim names two
-    runs, the better one first, and may add one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone.
+    runs, the better one first, and may add one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or
+    one of the measure's metrics, of which it is then alone.
     `measure`, one of MEASURES, is what runs are compared by.
     """
 
@@ -70,8 +73,9 @@ class Grid:
         for claim, pair in grid.claims.items():
             if len(pair) not in (2, 3) or not set(pair[:2]) <= set(grid.runs):
                 raise ValueError(f"{path}, claim {claim!r}: {pair} are not two of the runs {list(grid.runs)}")
-            if not set(pair[2:]) <= set(NOVELTIES):
-                raise ValueError(f"{path}, claim {claim!r}: {pair[2]!r} is none of {NOVELTIES}")
+            if not set(pair[2:]) <= {*NOVELTIES, *MEASURES[grid.measure].shown}:
+                known = (*NOVELTIES, *MEASURES[grid.measure].shown)
+                raise ValueError(f"{path}, claim {claim!r}: {pair[2]!r} is none of {known}")
         return grid
 
 

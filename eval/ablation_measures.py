@@ -235,20 +235,18 @@ def evaluate_forgetting(run: dict, result: Path, output: Path) -> None:
     write_table(pd.concat(frames, ignore_index=True), result)
 
 
-FORGETTING = {
+FORGOTTEN = {
     "forgetting_text_to_image": "text to image R@1",
     "forgetting_image_to_image": "image to image R@1",
     "forgetting_itself": "pseudo-words to their picture R@1",
 }
-MEASURES = {
-    "retrieval": Measure(
-        SHOWN, ("cirr_recall_at_1", "fashioniq_recall_at_10", "circo_map_at_5"), embed_worlds, evaluate_retrieval
-    ),
-    "readout": Measure(
-        {f"readout_{name}": name for name in ATTRIBUTES},
-        tuple(f"readout_{name}" for name in ATTRIBUTES),
-        prepare_readout,
-        evaluate_readout,
-    ),
-    "forgetting": Measure(FORGETTING, tuple(FORGETTING)[:2], prepare_forgetting, evaluate_forgetting),
-}
+RETRIEVAL = Measure(
+    SHOWN, ("cirr_recall_at_1", "fashioniq_recall_at_10", "circo_map_at_5"), embed_worlds, evaluate_retrieval
+)
+READOUT = Measure(
+    {f"readout_{name}": name for name in ATTRIBUTES},
+    tuple(f"readout_{name}" for name in ATTRIBUTES),
+    prepare_readout,
+    evaluate_readout,
+)
+FORGETTING = Measure(FORGOTTEN, tuple(FORGOTTEN)[:2], prepare_forgetting, evaluate_forgetting)

@@ -44,13 +44,15 @@ def summarise(
     tidy = table.groupby(["run", "seed", "metric"], sort=False)["value"].agg(["mean", "size"]).reset_index()
     tidy = tidy.rename(columns={"mean": "value", "size": "queries"})
     claims, details = [], []
-    for claim, (*pair, novelty) in ((name, [*runs, None][:3]) for name, runs in grid_claims.items()):
+    for claim, (*pair, only) in ((name, [*runs, None][:3]) for name, runs in grid_claims.items()):
+        novelty = only if only in NOVELTIES else None
+        asked = measure.primary if only is None else measure.primary[:1] if novelty else (only,)
         parts = {}
-        for metric in measure.shown if novelty is None else measure.primary[:1]:
+        for metric in measure.shown if only is None else asked:
             (better, clusters), (other, _) = (by_seed(table, run, metric, novelty) for run in pair)
             parts[metric] = (better - other, clusters)
             details.append({"claim": claim, "metric": metric, **compared([parts[metric]])._asdict()})
-        effect = compared([parts[metric] for metric in measure.primary if metric in parts])
+        effect = compared([parts[metric] for metric in asked])
         claims.append({"claim": claim, "runs": grid_claims[claim], **effect._asdict()})
     for claim, p in zip(claims, holm([claim["p_value"] for claim in claims]), strict=True):
         numbers = Effect(**{name: claim[name] for name in Effect._fields})
@@ -92,7 +94,7 @@ def report(
     lines += [
         "\nEach claim compares two runs on the mean of "
         + ", ".join(shown[m] for m in primary)
-        + ", or on R@1 of some queries where it says so; p-values are corrected for the number of claims (Holm).\n",
+        + ", or on what its name says where that is less; p-values are corrected for the number of claims (Holm).\n",
         "| claim | effect, points | 95% interval | p | verdict |",
         "|---|---|---|---|---|",
     ]
