@@ -344,8 +344,6 @@ def test_a_claim_may_be_of_one_metric_alone():
     kept = {"query": range(50), "cluster": [str(i) for i in range(50)], "novelty": ""}
     frames = [
         pd.DataFrame(kept | {"run": run, "seed": seed, "metric": metric, "value": float(run == "a" and metric == won)})
-            kept | {"run": run, "seed": seed, "metric": metric, "value": float(run == "a" and "double" in metric)}
-        )
         for run in "ab"
         for seed in (0, 1)
         for metric in MEASURES["tasks"].shown
