@@ -120,7 +120,8 @@ class Runner:
         command += ["--config", f"train/recipes/miniature_stage{stage}.yaml", "--seed", seed]
         command += ["--model_name_or_path", start, "--dataset_name", data, "--output_dir", folder]
         command += ["--feature_cache_dir", self.output / "cache", *self.flags]
-        command += [str(part) for name, value in choices.items() for part in (f"--{name}", value)]
+        for name, value in choices.items():
+            command += [f"--{name}", *(value if isinstance(value, list) else [value])]
         if list(folder.glob("checkpoint-*")):
             command += ["--resume_from_checkpoint", "latest"]
         self._call(command, folder.with_suffix(".log"))

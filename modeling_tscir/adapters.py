@@ -224,7 +224,15 @@ def read_lora_config(path: str) -> LoraConfig:
 
 
 def add_composing_adapters(text_model: nn.Module, rank: int, alpha: int, dropout: float, targets: list[str]) -> None:
-    """Put zero-initialised LoRA layers into `text_model`, switched off until `composing` switches them on."""
+    """Put zero-initialised LoRA layers into `text_model`, switched off until `composing` switches them on.
+
+    Raises `ValueError` for targets that it has not.
+    """
+    known = {name.rpartition(".")[2] for name, module in text_model.named_modules() if isinstance(module, nn.Linear)}
+    if unknown := sorted(set(targets) - known):
+        raise ValueError(
+            f"no {' or '.join(unknown)} in this text tower for composing adapters; known are {sorted(known)}"
+        )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
     inject(text_model, ADAPTER_NAME, config)
 

@@ -32,7 +32,8 @@ from modeling_tscir.embedding import embed_images
 
 
 @pytest.mark.parametrize(
-    "name", ["components", "alternatives", "number", "quality", "baselines", "readout", "forgetting", "tasks"]
+    "name",
+    ["components", "alternatives", "number", "quality", "baselines", "readout", "forgetting", "tasks", "choices"],
 )
 def test_the_stored_grids_are_understood(name):
     grid = Grid.read(ROOT / f"eval/ablation/{name}.yaml")

@@ -21,7 +21,7 @@ from datasets import Image as ImageFeature
 from mining import Miner
 from safetensors.torch import load_file
 
-from modeling_tscir import BadImagesError, TSCIRModel
+from modeling_tscir import BadImagesError, TSCIRModel, TSCIRProcessor
 
 
 def test_frozen_features_are_shared_between_runs(launch, clip_dir, tmp_path, monkeypatch):
@@ -87,6 +87,20 @@ def test_stage_two_goes_on_from_stage_two(launch, stage1_folder, tmp_path, capsy
     assert not same(first, launch(stage2_script, tmp_path / "a", tmp_path / "c", "--max_steps", 3))
     with pytest.raises(ValueError, match="lora_rank 2 already"):
         launch(stage2_script, tmp_path / "a", tmp_path / "d", "--lora_rank", 4)
+
+
+def test_prompts_and_where_adapters_are_can_be_chosen(launch, clip_dir, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    launch(stage1_script, clip_dir, one, "--max_steps", 2, "--image_template", "that {image}")
+    changed = ["--lora_target_modules", "q_proj", "fc1", "--prompt_template", "{image} that {text}"]
+    trained = launch(stage2_script, one, two, "--max_steps", 2, *changed)
+    assert {k.split(".")[-4] for k in trained if "lora_A" in k} == {"q_proj", "fc1"}
+    processor = TSCIRProcessor.from_pretrained(two)
+    assert (processor.image_template, processor.prompt_template) == ("that {image}", "{image} that {text}")
+    with pytest.raises(ValueError, match="prompt_template needs one"):
+        launch(stage2_script, one, tmp_path / "three", "--max_steps", 2, "--prompt_template", "no picture: {text}")
+    with pytest.raises(ValueError, match="fc3"):
+        launch(stage2_script, one, tmp_path / "three", "--max_steps", 2, "--lora_target_modules", "q_proj", "fc3")
 
 
 def test_training_lowers_the_loss(launch, clip_dir, tmp_path, capfd):

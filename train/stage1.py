@@ -51,9 +51,13 @@ class Stage1Arguments:
         default=None, metadata={"help": "tau_s: the smaller, the more the best-fitting captions count."}
     )
 
+    image_template: str = field(
+        default="a photo of {image}", metadata={"help": "The sentence that pseudo-words are trained in."}
+    )
+
     def choices(self) -> dict:
-        of_data = {"image_column", "caption_column", "streaming", "shuffle_buffer_size"}
-        return {k: v for k, v in vars(self).items() if k not in of_data and v is not None}
+        others = {"image_column", "caption_column", "streaming", "shuffle_buffer_size", "image_template"}
+        return {k: v for k, v in vars(self).items() if k not in others and v is not None}
 
 
 class Stage1Data(torch.utils.data.Dataset):
@@ -190,7 +194,9 @@ def main() -> None:
         raise ValueError("a stream has no known length: say how long to train, --max_steps")
     accelerator = make_accelerator(loop)
     model = TSCIRModel.from_clip_pretrained(data.model_name_or_path, **args.choices())
-    processor = TSCIRProcessor.from_clip_pretrained(data.model_name_or_path, model.config.num_pseudo_words)
+    processor = TSCIRProcessor.from_clip_pretrained(
+        data.model_name_or_path, model.config.num_pseudo_words, image_template=args.image_template
+    )
     model.add_mapper()
     model.to(accelerator.device)
     objective = Stage1Objective(model, processor)

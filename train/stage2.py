@@ -47,6 +47,12 @@ class Stage2Arguments:
     lora_rank: int | None = field(default=None, metadata={"help": "Rank of the composing adapters."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Their scale, over the rank."})
     lora_dropout: float | None = field(default=None, metadata={"help": "Their dropout."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Which projections have them: q_proj k_proj v_proj out_proj fc1 fc2."}
+    )
+    prompt_template: str | None = field(
+        default=None, metadata={"help": 'Of composed queries, "a photo of {image} that {text}" unless told.'}
+    )
     reference_negative_weight: float | None = field(
         default=None, metadata={"help": "Own reference as a negative; 0 is off."}
     )
@@ -58,7 +64,8 @@ class Stage2Arguments:
     hard_negative_refresh: int = field(default=100, metadata={"help": "Steps between two minings."})
 
     def choices(self) -> dict:
-        given = {k: v for k, v in vars(self).items() if not k.endswith("_column") and k != "hard_negative_refresh"}
+        others = ("hard_negative_refresh", "prompt_template")
+        given = {k: v for k, v in vars(self).items() if not k.endswith("_column") and k not in others}
         return {k: v for k, v in given.items() if v is not None}
 
 
@@ -197,6 +204,8 @@ def main() -> None:
     accelerator = make_accelerator(loop)
     model = TSCIRModel.from_pretrained(data.model_name_or_path)
     processor = TSCIRProcessor.from_pretrained(data.model_name_or_path)
+    if args.prompt_template is not None:
+        processor.prompt_template = processor.checked_template(args.prompt_template)
     for name, value in args.choices().items():
         if name.startswith("lora_") and model.config.stage == 2 and value != getattr(model.config, name):
             raise ValueError(f"{data.model_name_or_path} has adapters of {name} {getattr(model.config, name)} already")
