@@ -30,7 +30,12 @@ from miniature.compare import CLIP  # noqa: E402  (ablation_data puts its folder
 
 MEASURES = {"retrieval": RETRIEVAL, "readout": READOUT, "forgetting": FORGETTING, "tasks": TASKS}
 # On the plain CLIP, instead of the two stages, and what each may be given.
-METHODS = {"sum": {"weight"}, "slerp": {"weight"}, "combiner": {"epochs", "learning_rate", "triplets"}}
+METHODS = {
+    "image": set(),
+    "sum": {"weight"},
+    "slerp": {"weight"},
+    "combiner": {"epochs", "learning_rate", "triplets"},
+}
 
 
 @dataclass
@@ -60,8 +65,9 @@ class Grid:
         grid = cls(**content)
         for name, run in grid.runs.items():
             if "method" in run:
-                if run["method"] not in METHODS or set(run) - METHODS[run["method"]] - {"method"}:
-                    raise ValueError(f"{path}, run {name!r}: methods and what they may have are {METHODS}")
+                allowed = {name: METHODS[name] for name in MEASURES[grid.measure].methods}
+                if run["method"] not in allowed or set(run) - allowed[run["method"]] - {"method"}:
+                    raise ValueError(f"{path}, run {name!r}: methods and what they may have are {allowed}")
             elif set(run) - {"stage1", "stage2", "triplets"} or run.get("stage1") not in grid.stage1:
                 raise ValueError(
                     f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2 and triplets"

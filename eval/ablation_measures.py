@@ -37,13 +37,15 @@ class Measure:
         primary: those whose mean decides claims.
         prepare: writes RESULTS/queries.parquet, which queries there are, and what all runs share to OUTPUT.
         evaluate: writes every query's value of every metric, in the order of queries.parquet, of a run: a trained
-            folder as {"model"}, or, of retrieval, {"method"} and what it needs.
+            folder as {"model"}, or {"method"} and what it needs.
+        methods: those it can evaluate on the plain CLIP.
     """
 
     shown: dict[str, str]
     primary: tuple[str, ...]
     prepare: Callable[[Path, Path], None]
     evaluate: Callable[[dict, Path, Path], None]
+    methods: tuple[str, ...] = ()
 
 
 # ----- retrieval
@@ -90,7 +92,7 @@ def composer(run: dict, clip: tuple[TSCIRModel, TSCIRProcessor]) -> Callable[[Sp
         trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
         return lambda part, pictures: compose("tscir", *trained, part, pictures)
     if run["method"] != "combiner":
-        return lambda part, pictures: compose(run["method"], *clip, part, pictures, run["weight"])
+        return lambda part, pictures: compose(run["method"], *clip, part, pictures, run.get("weight"))
     rows = load_dataset("parquet", data_files=str(Path(run["triplets"]) / "*.parquet"), split="train")
     references, targets = (
         embed_images(*clip, rows.cast_column(name, Image(decode=False))[name]) for name in ("reference", "target")
@@ -190,8 +192,12 @@ def read_linearly(fit: torch.Tensor, labels: np.ndarray, others: dict[str, torch
 
 
 def evaluate_readout(run: dict, result: Path, output: Path) -> None:
-    trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
-    sentences = {part: pseudo_sentences(*trained, *readout_features(output, part)) for part in readout_scenes()}
+    features = {part: readout_features(output, part) for part in readout_scenes()}
+    if "model" in run:
+        trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
+        sentences = {part: pseudo_sentences(*trained, *both) for part, both in features.items()}
+    else:
+        sentences = {part: embeds for part, (embeds, _) in features.items()}  # what CLIP itself has of the picture
     labels = {part: labels_of(scenes) for part, scenes in readout_scenes().items()}
     fit = sentences.pop("fit")
     frames = []
@@ -241,12 +247,17 @@ FORGOTTEN = {
     "forgetting_itself": "pseudo-words to their picture R@1",
 }
 RETRIEVAL = Measure(
-    SHOWN, ("cirr_recall_at_1", "fashioniq_recall_at_10", "circo_map_at_5"), embed_worlds, evaluate_retrieval
+    SHOWN,
+    ("cirr_recall_at_1", "fashioniq_recall_at_10", "circo_map_at_5"),
+    embed_worlds,
+    evaluate_retrieval,
+    ("image", "sum", "slerp", "combiner"),
 )
 READOUT = Measure(
     {f"readout_{name}": name for name in ATTRIBUTES},
     tuple(f"readout_{name}" for name in ATTRIBUTES),
     prepare_readout,
     evaluate_readout,
+    ("image",),
 )
 FORGETTING = Measure(FORGOTTEN, tuple(FORGOTTEN)[:2], prepare_forgetting, evaluate_forgetting)

@@ -1,5 +1,6 @@
 """A Hub on loopback: enough of its HTTP interface for the real `huggingface_hub` client to create repositories, commit
-and fetch, push large files, resolve revisions, and be refused without a token. It is all in memory."""
+and fetch, push large files, resolve revisions, and be refused without a token, and for `datasets` to read a data set's
+files, whole or in ranges. It is all in memory."""
 
 import base64
 import hashlib
@@ -8,7 +9,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 TOKENS = {"hf_alice": "alice", "hf_bob": "bob"}
@@ -58,6 +59,10 @@ class FakeHub:
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         found = self.repos[repo]
         return found.commits[found.revision(revision)]
+
+
+def described(path: str, content: bytes) -> dict:
+    return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -224,13 +229,16 @@ class Handler(BaseHTTPRequestHandler):
         name = found.revision(revision)
         if name is None:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        entries = [
-            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-            for path, content in sorted(found.commits[name].items())
-            if path.startswith(f"{under}/" if under else "")
-        ]
-        if under and not entries:
+        begins = f"{under}/" if under else ""
+        files = {path: content for path, content in found.commits[name].items() if path.startswith(begins)}
+        if under and not files:
             return self.refuse(404, "EntryNotFound", f"{under} does not exist")
+        inner = [path.removeprefix(begins).split("/") for path in files]
+        folders = {begins + "/".join(parts[:depth]) for parts in inner for depth in range(1, len(parts))}
+        entries = [{"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)]
+        entries += [described(path, content) for path, content in sorted(files.items())]
+        if parse_qs(urlsplit(self.path).query).get("recursive", [""])[0].lower() != "true":
+            entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(begins)]
         self.answer(entries)
 
     def resolve(self, body, repo, revision, path):
@@ -246,7 +254,12 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"error": "Entry not found"}, 404, headers)
         tag = hashlib.sha256(content).hexdigest()
         headers = {"X-Repo-Commit": name, "ETag": f'"{tag}"', "Content-Type": "application/octet-stream"}
-        self.answer(content, 200, headers)
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if part is None:
+            return self.answer(content, 200, headers)
+        start, end = int(part[1]), min(int(part[2] or len(content)), len(content) - 1)
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+        self.answer(content[start : end + 1], 206, headers)
 
 
 ROUTES = [
@@ -261,5 +274,9 @@ ROUTES = [
     ("GET", rf"/api/models/{REPO}/revision/(?P<revision>[^/]+)", Handler.info),
     ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<under>.+))?", Handler.tree),
     ("GET", rf"/api/models/{REPO}", Handler.info),
+    ("GET", rf"/api/datasets/{REPO}/revision/(?P<revision>[^/]+)", Handler.info),
+    ("GET", rf"/api/datasets/{REPO}/tree/(?P<revision>[^/]+)(/(?P<under>.+))?", Handler.tree),
+    ("GET", rf"/api/datasets/{REPO}", Handler.info),
+    ("GET HEAD", rf"/datasets/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
     ("GET HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]

@@ -74,6 +74,7 @@ def test_mixtures_are_of_the_number_and_quality_asked_for(tmp_path):
         ({"claims": {"c": ["a", "b"]}}, r"claim 'c': \['a', 'b'\] are not two of"),
         ({"runs": {"a": {"method": "magic"}}}, "run 'a': methods and what they may have are"),
         ({"runs": {"a": {"method": "sum", "epochs": 3}}}, "run 'a': methods and what they may have are"),
+        ({"measure": "tasks", "runs": {"a": {"method": "sum", "weight": 0.5}}}, r"methods .* have are \{\}"),
         ({"measure": "taste"}, "measure is one of retrieval, readout, forgetting, tasks, not 'taste'"),
         ({"claims": {"c": ["a", "a", "b"]}}, r"claim 'c': 'b' is none of"),
     ],
@@ -273,6 +274,9 @@ def test_what_is_drawn_is_measured(clip_dir, stage2, processor, tmp_path, monkey
     try:
         MEASURES[measure].prepare(tmp_path / "out", tmp_path)
         MEASURES[measure].evaluate({"model": str(tmp_path / "stage2")}, tmp_path / "values.parquet", tmp_path / "out")
+        if "image" in MEASURES[measure].methods:
+            MEASURES[measure].evaluate({"method": "image"}, tmp_path / "image.parquet", tmp_path / "out")
+            assert len(pd.read_parquet(tmp_path / "image.parquet")) == 2 * 40 * metrics
     finally:
         ablation_measures.readout_scenes.cache_clear()
     values = pd.read_parquet(tmp_path / "values.parquet")

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,9 +13,12 @@ import pytest
 import stage1 as stage1_script
 import torch
 from arguments import DataArguments, LoopArguments
+from conftest import ROOT
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from fake_hub import FakeHub, Repository
 from PIL import Image
+from safetensors.torch import load_file
 from stage1 import CaptionedImages, Stage1Arguments
 from stream import ShardReader, StreamBatches, hold_out_shard, load_stream
 
@@ -127,6 +133,31 @@ def test_a_resumed_stream_ends_with_the_same_tensors(launch, clip_dir, shards, t
         assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     assert json.loads(validation).keys() == json.loads((tmp_path / "b/best/validation.json").read_text("utf-8")).keys()
     assert TSCIRModel.from_pretrained(tmp_path / "a/best").config.stage == 1
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("tar", ("png", "txt")), ("parquet", ("image", "caption"))])
+def test_a_stream_from_the_hub_trains_as_one_from_files(launch, clip_dir, shards, tmp_path, kind, columns):
+    """Shards fetched over HTTP as they are needed, by worker processes, and a run that goes on; fresh processes, as a
+    Hub's address is read once."""
+    flags = ["--image_column", columns[0], "--caption_column", columns[1], "--streaming", "--max_steps", 5]
+    flags += ["--shuffle_buffer_size", 10, "--dataloader_num_workers", 2, "--save_steps", 2]
+    local = launch(stage1_script, clip_dir, tmp_path / "local", "--dataset_name", shards / kind, *flags)
+    with FakeHub() as hub:
+        hub.repos["alice/captions"] = Repository(private=True)
+        # As `push_to_hub` names them. Of names that say "train" twice, datasets 5.2 reads each file twice.
+        names = [f"data/train-{i:05d}-of-00005.{kind}" for i in range(5)]
+        files = [file.read_bytes() for file in sorted((shards / kind).iterdir())]
+        hub.repos["alice/captions"].commit("main", dict(zip(names, files, strict=True)))
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_alice"}
+        command = [sys.executable, ROOT / "train/stage1.py", "--model_name_or_path", clip_dir, *flags]
+        command += ["--per_device_train_batch_size", 8, "--logging_steps", 1]
+        for more in ([], ["--resume_from_checkpoint", tmp_path / "hub/checkpoint-2"]):
+            command += ["--dataset_name", "alice/captions", "--output_dir", tmp_path / "hub", *more]
+            subprocess.run([str(part) for part in command], env=environment, check=True, capture_output=True)
+            fetched = load_file(tmp_path / "hub/tscir_delta.safetensors")
+            assert fetched.keys() == local.keys() and all(torch.equal(fetched[k], local[k]) for k in local)
+        assert all(any(request.endswith(name) for request in hub.requests) for name in names)
 
 
 def test_a_stream_trains_as_rows_do(launch, clip_dir, shards, tmp_path, processor, stage1):
