@@ -124,6 +124,14 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return found
 
+    def tree_of(self, repo: str, revision: str) -> tuple[str | None, dict[str, bytes]]:
+        """A revision's commit and files; None, and the request is answered, where there is none to see."""
+        found = self.repository(repo)
+        name = found and found.revision(revision)
+        if found is not None and name is None:
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        return name, found.commits[name] if name else {}
+
     # ----- routes
 
     def whoami(self, body):
@@ -205,32 +213,26 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"errors": [], "warnings": []})
 
     def info(self, body, repo, revision="main"):
-        found = self.repository(repo)
-        if found is None:
-            return
-        name = found.revision(revision)
+        name, files = self.tree_of(repo, revision)
         if name is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        siblings = [{"rfilename": path} for path in sorted(found.commits[name])]
+            return
+        siblings = [{"rfilename": path} for path in sorted(files)]
         content = {
             "id": repo,
             "modelId": repo,
             "sha": name,
-            "private": found.private,
+            "private": self.hub.repos[repo].private,
             "siblings": siblings,
             "tags": [],
         }
         self.answer(content)
 
     def tree(self, body, repo, revision, under=""):
-        found = self.repository(repo)
-        if found is None:
-            return
-        name = found.revision(revision)
+        name, files = self.tree_of(repo, revision)
         if name is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
         begins = f"{under}/" if under else ""
-        files = {path: content for path, content in found.commits[name].items() if path.startswith(begins)}
+        files = {path: content for path, content in files.items() if path.startswith(begins)}
         if under and not files:
             return self.refuse(404, "EntryNotFound", f"{under} does not exist")
         inner = [path.removeprefix(begins).split("/") for path in files]
@@ -242,13 +244,10 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(entries)
 
     def resolve(self, body, repo, revision, path):
-        found = self.repository(repo)
-        if found is None:
-            return
-        name = found.revision(revision)
+        name, files = self.tree_of(repo, revision)
         if name is None:
-            return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        content = found.commits[name].get(path)
+            return
+        content = files.get(path)
         if content is None:
             headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": name}
             return self.answer({"error": "Entry not found"}, 404, headers)
