@@ -1,5 +1,6 @@
 """From every query's value by run and seed to tables, verdicts on claims, and pictures."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,7 @@ def draw(claims: list[dict], details: list[dict], shown: dict[str, str], path: P
         )
         axis.errorbar(middle, places, xerr=[middle - low, high - middle], fmt="o", color="black", capsize=3)
         axis.axvline(0, color="grey", linewidth=1)
-        axis.set_title(f"{title}, points", fontsize=9)
+        axis.set_title(textwrap.fill(f"{title}, points", 24), fontsize=9)
     axes[0].set_yticks(range(len(names)), names, fontsize=9)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.tight_layout()
