@@ -44,7 +44,7 @@ TAKEN = {  # by kind of edit, what the second picture shows
 
 
 class Query(NamedTuple):
-    """Pictures, by their place in the gallery, and texts, in order; `captions` may stand for the pictures."""
+    """Pictures, by their place in the gallery, and texts, in order; `caption` may stand for the picture."""
 
     content: tuple[int | str, ...]
     truth: int
