@@ -2,7 +2,7 @@ import pytest
 from accelerate import Accelerator
 from arguments import DataArguments, LoopArguments
 from datasets import Dataset
-from rows import GroupedBatches, RowBatches, hold_out, load_rows
+from rows import GroupedBatches, RowBatches, hold_out, load_rows, load_source
 
 from modeling_tscir import BadImagesError
 
@@ -101,6 +101,15 @@ def test_data_that_cannot_be_loaded_is_named(tmp_path):
     for name in ("empty.jsonl", "broken.jsonl", "none.parquet", "nothing"):
         with pytest.raises(ValueError, match=f"{name}, split train, cannot be loaded, or is empty: "):
             load_rows(DataArguments(dataset_name=str(tmp_path / name)), {"caption": "a text"}, images=[])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_that_datasets_would_read_twice_is_named(tmp_path, streaming):
+    Dataset.from_dict({"caption": ["x"] * 3}).to_parquet(tmp_path / "train-train.parquet")
+    with pytest.raises(ValueError, match=r"train-train\.parquet would be read twice.* rename it, or name the files"):
+        load_source(DataArguments(dataset_name=str(tmp_path)), streaming)
+    rows = load_source(DataArguments(dataset_name=str(tmp_path / "*.parquet")), streaming)
+    assert len(list(rows)) == 3
 
 
 def test_a_local_folder_that_changed_is_read_again(tmp_path):

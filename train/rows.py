@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, skip_first_batches
 from arguments import DataArguments, LoopArguments
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset_builder
 from datasets import Image as ImageFeature
 
 from modeling_tscir.images import find_bad_images, handle_bad_images
@@ -21,23 +21,42 @@ def load_source(data: DataArguments, streaming: bool = False) -> Dataset | Itera
     """The training split as `datasets` gives it: from the Hub, a local folder, or files named by a pattern.
 
     Raises:
-        ValueError: if it cannot be loaded, with what `datasets` says.
+        ValueError: if it cannot be loaded, with what `datasets` says, or would be read in part twice.
     """
-    builder = BUILDERS.get(Path(data.dataset_name).suffix)
-    what, options = data.dataset_name, {"split": data.dataset_train_split, "streaming": streaming}
-    if builder is not None:
-        what, options["data_files"] = builder, data.dataset_name
+    files = BUILDERS.get(Path(data.dataset_name).suffix)
+    what, options, again = data.dataset_name, {}, {}
+    if files is not None:
+        what, options = files, {"data_files": data.dataset_name}
     elif data.dataset_config is not None and Path(data.dataset_name).is_dir():
         # datasets keeps a stale copy of a local folder whose README names configurations (seen in 5.2).
-        options |= {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+        again = {"download_mode": "force_redownload"}
     try:
-        return load_dataset(what, None if builder else data.dataset_config, **options)
+        builder = load_dataset_builder(what, None if files else data.dataset_config, **options, **again)
+        refuse_files_twice(builder.config.data_files or {}, data.dataset_name)
+        if streaming:
+            return builder.as_streaming_dataset(split=data.dataset_train_split)
+        builder.download_and_prepare(**again, verification_mode="no_checks" if again else None)
+        return builder.as_dataset(split=data.dataset_train_split)
     except Exception as error:  # whatever the builder of that format raises
         causes = [str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None]
         raise ValueError(
             f"--dataset_name {data.dataset_name}, split {data.dataset_train_split}, cannot be loaded, or is empty: "
             + "; ".join(causes)
         ) from error
+
+
+def refuse_files_twice(data_files: dict[str, list[str]], source: str) -> None:
+    """Raise `ValueError` for a file that stands twice in a split.
+
+    datasets 5.2 lists a file twice whose name holds the split's twice, as train-train.parquet does.
+    """
+    for split, files in data_files.items():
+        twice = sorted({str(file) for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
+        if twice:
+            raise ValueError(
+                f"{twice[0]} would be read twice, one of {len(twice)} such: datasets lists a file twice whose name "
+                f"says {split!r} twice; rename it, or name the files: '{source}/*{Path(twice[0]).suffix}'"
+            )
 
 
 def check_columns(
