@@ -19,6 +19,7 @@ import itertools
 import math
 import random
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +32,25 @@ from miniature.garments import Garment
 from miniature.language import change_caption, full_caption, modification, scene_caption
 from miniature.render import IMAGE_SIZE, render
 from miniature.scenes import Edit, Scene
-from miniature.worlds import scene_worlds, training_garments, training_groups
+from miniature.worlds import lookalike_sets, scene_worlds, training_garments, training_groups
 from modeling_tscir.losses import info_nce_loss
 
 
-GROUPS_PER_BATCH, GROUP_SIZE, LOOSE_PER_BATCH, GARMENTS_PER_BATCH = 32, 4, 96, 32
+GROUP_SIZE, LOOKALIKES = 4, 8
 VOCAB_SIZE = 800
+
+
+class Composition(NamedTuple):
+    """How many of each make a batch: groups of near-duplicates, sets of look-alikes, loose scenes, garments."""
+
+    groups: int
+    lookalike_sets: int
+    loose: int
+    garments: int
+
+
+EDITS = Composition(groups=32, lookalike_sets=0, loose=96, garments=32)
+SHAPES_AND_PLACES = Composition(groups=12, lookalike_sets=12, loose=32, garments=16)
 
 
 def small_tokenizer() -> CLIPTokenizer:
@@ -76,7 +90,7 @@ def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
 
-def small_clip(vocab_size: int) -> CLIPModel:
+def small_clip(vocab_size: int, attention: str) -> CLIPModel:
     tower = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
     ends = {"bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1}
     config = CLIPConfig(
@@ -84,8 +98,7 @@ def small_clip(vocab_size: int) -> CLIPModel:
         vision_config={**tower, "image_size": IMAGE_SIZE, "patch_size": 8},
         projection_dim=192,
     )
-    # Eager attention is about twice as fast as sdpa at this size under bf16 autocast.
-    return CLIPModel._from_config(config, attn_implementation="eager")
+    return CLIPModel._from_config(config, attn_implementation=attention)
 
 
 def small_image_processor() -> CLIPImageProcessorPil:
@@ -95,20 +108,30 @@ def small_image_processor() -> CLIPImageProcessorPil:
 
 
 class Batches:
-    """Batches in which half of the pictures are near-duplicates of each other, so that details have to be read."""
+    """Batches in which half of the pictures or more are nearly alike, so that details have to be read.
 
-    def __init__(self, num_groups: int, num_garments: int, change_share: float, seed: int):
+    Args:
+        num_groups: of a reference and three of its near-duplicates.
+        num_sets: of eight pictures that differ in nothing but which shapes they show and where.
+        change_share: of edited near-duplicates, told as a change.
+    """
+
+    def __init__(self, num_groups: int, num_sets: int, num_garments: int, change_share: float, seed: int):
         self.change_share = change_share
+        self.composition = SHAPES_AND_PLACES if num_sets else EDITS
         self.rng = random.Random(seed)
         self.things: list[Scene | Garment] = []
         self.changes: dict[int, tuple[Scene, Edit]] = {}  # how a picture came from another scene, by its place
-        for group in itertools.islice(training_groups(f"clip {seed}", for_triplets=False), num_groups):
+        for group in itertools.islice(training_groups(f"clip {seed}", for_triplets=False, further=True), num_groups):
             self.things.append(group.reference)
             for scene in self.rng.sample(group.scenes[1:], GROUP_SIZE - 1):
                 if scene in group.targets:
                     edit = group.edits[group.targets.index(scene)]
                     self.changes[len(self.things)] = (group.reference, edit)
                 self.things.append(scene)
+        self.num_grouped = len(self.things)
+        for scenes in itertools.islice(lookalike_sets(f"clip {seed}", further=True), num_sets):
+            self.things += scenes
         self.num_scenes = len(self.things)
         self.things += itertools.islice(training_garments(f"clip {seed}"), num_garments)
         self.pixels = np.stack([render(thing, f"clip {seed} {i}") for i, thing in enumerate(self.things)])
@@ -120,15 +143,18 @@ class Batches:
 
     def next(self) -> tuple[list[int], list[str]]:
         """Places of the pictures, and their captions."""
-        rng = self.rng
-        firsts = rng.sample(range(0, self.num_scenes, GROUP_SIZE), GROUPS_PER_BATCH)
+        rng, wanted = self.rng, self.composition
+        firsts = rng.sample(range(0, self.num_grouped, GROUP_SIZE), wanted.groups)
         hard = [first + i for first in firsts for i in range(GROUP_SIZE)]
-        loose = rng.sample(range(self.num_scenes), LOOSE_PER_BATCH)
-        garments = rng.sample(range(self.num_scenes, len(self.things)), GARMENTS_PER_BATCH)
+        firsts = rng.sample(range(self.num_grouped, self.num_scenes, LOOKALIKES), wanted.lookalike_sets)
+        alike = [first + i for first in firsts for i in range(LOOKALIKES)]
+        loose = rng.sample(range(self.num_scenes), wanted.loose)
+        garments = rng.sample(range(self.num_scenes, len(self.things)), wanted.garments)
         texts = [self.caption(i, self.change_share, full_share=0.6, clause_share=0.15) for i in hard]
+        texts += [self.caption(i, 0, full_share=0.85, clause_share=0.05) for i in alike]
         texts += [self.caption(i, 0.75 * self.change_share) for i in loose]
         texts += [garment_caption(self.things[i], rng) for i in garments]
-        return [*hard, *loose, *garments], texts
+        return [*hard, *alike, *loose, *garments], texts
 
 
 def to_pixel_values(pixels: np.ndarray, processor: CLIPImageProcessorPil) -> torch.Tensor:
@@ -146,20 +172,28 @@ def image_features(model: CLIPModel, pixels: np.ndarray, processor: CLIPImagePro
     return F.normalize(torch.cat(features).float(), dim=-1)
 
 
+def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str], rows: int = 96) -> torch.Tensor:
+    """L2-normalised embeddings [n, D], run with others of about their length."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    parts = []
+    for start in range(0, len(order), rows):
+        encoded = tokenizer([texts[i] for i in order[start : start + rows]], padding=True, return_tensors="pt")
+        parts.append(model.get_text_features(input_ids=encoded.input_ids).pooler_output.float())
+    return F.normalize(torch.cat(parts)[torch.tensor(order).argsort()], dim=-1)
+
+
 @torch.no_grad()
-def caption_oracle(model, tokenizer, processor, world: str) -> float:
-    """R@1 of the full captions of `world`'s edited pictures, within all of its pictures."""
+def caption_oracle(model, tokenizer, processor, world: str) -> dict[str, float]:
+    """R@1 of the full captions of `world`'s edited pictures among all of its pictures; and by kind of edit."""
     groups, fillers = scene_worlds()[world]
     gallery = [s for g in groups for s in g.scenes] + list(fillers)
     wanted = [full_caption(s) for g in groups for s in g.targets]
     truth = [i * 9 + 1 + j for i in range(len(groups)) for j in range(4)]
     images = image_features(model, np.stack([render(s, f"{world} {i}") for i, s in enumerate(gallery)]), processor)
-    texts = []
-    for start in range(0, len(wanted), 256):
-        ids = tokenizer(wanted[start : start + 256], padding=True, return_tensors="pt").input_ids
-        texts.append(model.get_text_features(input_ids=ids).pooler_output)
-    texts = F.normalize(torch.cat(texts).float(), dim=-1)
-    return ((texts @ images.T).argmax(1) == torch.tensor(truth)).float().mean().item()
+    texts = text_features(model, tokenizer, wanted)
+    right = ((texts @ images.T).argmax(1) == torch.tensor(truth)).float()
+    kinds = np.array([edit.kind for group in groups for edit in group.edits])
+    return {"all": right.mean().item()} | {kind: right[kinds == kind].mean().item() for kind in sorted(set(kinds))}
 
 
 def main() -> None:
@@ -167,23 +201,27 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--max_steps", type=int, default=2600)
     parser.add_argument("--num_groups", type=int, default=16_000)
+    parser.add_argument("--num_sets", type=int, default=0, help="of look-alikes, which make half of each batch if any")
     parser.add_argument("--num_garments", type=int, default=12_000)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--warmup_steps", type=int, default=150)
     parser.add_argument("--change_share", type=float, default=0.8, help="of edited near-duplicates, told as a change")
+    parser.add_argument("--bf16", action="store_true", help="faster with AMX, slower without")
     parser.add_argument("--freeze_vision", action="store_true", help="train the text tower alone")
     parser.add_argument("--init_from", help="a folder of this script's to start from, instead of random weights")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer, processor = small_tokenizer(), small_image_processor()
-    model = small_clip(len(tokenizer))
+    # Eager attention is about twice as fast as sdpa at this size under bf16 autocast, and slower in fp32.
+    attention = "eager" if args.bf16 else "sdpa"
+    model = small_clip(len(tokenizer), attention)
     if args.init_from:
-        model = CLIPModel.from_pretrained(args.init_from, dtype=torch.float32, attn_implementation="eager")
+        model = CLIPModel.from_pretrained(args.init_from, dtype=torch.float32, attn_implementation=attention)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     model.vision_model.requires_grad_(not args.freeze_vision)
     model.visual_projection.requires_grad_(not args.freeze_vision)
-    batches = Batches(args.num_groups, args.num_garments, args.change_share, args.seed)
+    batches = Batches(args.num_groups, args.num_sets, args.num_garments, args.change_share, args.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1]
     rest = [p for p in trained if p.ndim <= 1]
@@ -204,15 +242,14 @@ def main() -> None:
     frozen_images = image_features(model, batches.pixels, processor) if args.freeze_vision else None
     for step in range(1, args.max_steps + 1):
         places, texts = batches.next()
-        encoded = tokenizer(texts, padding=True, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             if frozen_images is None:
                 pixels = to_pixel_values(batches.pixels[places], processor)
                 images = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
             else:
                 images = frozen_images[places]
-            texts = model.get_text_features(input_ids=encoded.input_ids).pooler_output.float()
-        loss = info_nce_loss(F.normalize(texts, dim=-1), images, model.logit_scale.exp())
+            texts = text_features(model, tokenizer, texts)
+        loss = info_nce_loss(texts, images, model.logit_scale.exp())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -223,10 +260,9 @@ def main() -> None:
             line = f"step {step} loss {loss.item():.3f} scale {model.logit_scale.exp().item():.1f}"
             print(f"{line} seconds {time.time() - start:.0f}", flush=True)
         if step % 400 == 0 or step == args.max_steps:
-            print(
-                f"step {step} val caption oracle R@1 {caption_oracle(model, tokenizer, processor, 'val'):.3f}",
-                flush=True,
-            )
+            found = caption_oracle(model, tokenizer, processor, "val")
+            figures = ", ".join(f"{name} {100 * share:.1f}" for name, share in found.items())
+            print(f"step {step} val caption oracle R@1: {figures}", flush=True)
             model.save_pretrained(args.output_dir)
     model.half().save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

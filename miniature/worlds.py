@@ -17,6 +17,8 @@ from miniature.scenes import (
     Scene,
     allowed_in_stage1,
     allowed_in_triplets,
+    apply,
+    random_edit,
     random_group,
     random_scene,
 )
@@ -166,6 +168,22 @@ def training_groups(seed: str, for_triplets: bool, further: bool = False) -> Ite
         if for_triplets and not all(allowed_in_triplets(s) for s in (group.reference, *group.targets)):
             continue
         yield group
+
+
+def lookalike_sets(seed: str, further: bool = False) -> Iterator[tuple[Scene, ...]]:
+    """Sets of eight scenes, without end, that differ in nothing but which shapes they show and where."""
+    rng = random.Random(seed)
+    reserved = reserved_scenes(further)
+    while True:
+        scene = random_scene(rng)
+        found: dict[tuple, Scene] = {}
+        for _ in range(60):
+            scene = apply(scene, random_edit(rng, scene, rng.choice(["reshape", "move"])))
+            if scene.key not in reserved:
+                found[scene.key] = scene
+            if len(found) == 8:
+                yield tuple(found.values())
+                break
 
 
 def stage1_scenes(seed: str, further: bool = False) -> Iterator[Scene]:

@@ -36,6 +36,7 @@ from miniature.worlds import (
     further_scene_worlds,
     garment_pairs,
     garment_worlds,
+    lookalike_sets,
     reserved_garments,
     reserved_scenes,
     scene_worlds,
@@ -74,6 +75,13 @@ def test_further_worlds_share_no_scene_with_any_other_or_with_the_training_that_
     groups = itertools.islice(training_groups("any", for_triplets=True, further=True), 2000)
     assert not {s.key for g in groups for s in g.scenes} & {*keys}
     assert not {s.key for s in itertools.islice(stage1_scenes("any", further=True), 5000)} & {*keys}
+
+
+def test_lookalikes_differ_in_shapes_and_places_alone_and_are_in_no_world():
+    for scenes in itertools.islice(lookalike_sets("any", further=True), 300):
+        assert len({s.key for s in scenes}) == 8 and not {s.key for s in scenes} & reserved_scenes(further=True)
+        seen = {(s.background, *sorted((o.colour, o.texture, o.size) for o in s.shapes)) for s in scenes}
+        assert len(seen) == 1
 
 
 def test_further_garment_queries_are_pairs_of_the_gallery_that_two_captions_tell_apart():
