@@ -67,19 +67,20 @@ def read_benchmark(folder: str, world: Path, output: Path, num_queries: int | No
     return args, splits
 
 
-def compare(output: Path, world: Path, short: bool) -> tuple[dict[str, dict], dict[str, dict], tuple]:
+def compare(output: Path, world: Path, short: bool, clip_dir: Path) -> tuple[dict[str, dict], dict[str, dict], tuple]:
     """Train nothing, evaluate everything.
 
     Args:
         output: the folder that holds the trained models, by method.
         world: the miniature world, built.
         short: few queries.
+        clip_dir: the CLIP that they were trained on.
 
     Returns:
         Metrics by method; for each shown metric every query's value by method, with the queries' clusters; and CIRR's
         split, stage II queries and picture embeddings, to be drawn.
     """
-    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    clip = TSCIRModel.from_clip_pretrained(clip_dir), TSCIRProcessor.from_clip_pretrained(clip_dir)
     models = {m: (TSCIRModel.from_pretrained(output / m), TSCIRProcessor.from_pretrained(output / m)) for m in TRAINED}
     results: dict[str, dict] = {method: {} for method in METHODS}
     per_query: dict[str, dict] = {}
@@ -108,9 +109,9 @@ def compare(output: Path, world: Path, short: bool) -> tuple[dict[str, dict], di
     return results, per_query, drawn
 
 
-def embed_galleries(output: Path, world: Path) -> None:
+def embed_galleries(output: Path, world: Path, clip_dir: Path) -> None:
     """Every picture of both worlds, into the cache that `compare` reads."""
-    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    clip = TSCIRModel.from_clip_pretrained(clip_dir), TSCIRProcessor.from_clip_pretrained(clip_dir)
     for name in ("test", "val"):
         for folder in BENCHMARKS:
             args, splits = read_benchmark(folder, world / name, output, None)
@@ -181,4 +182,4 @@ def table(results: dict[str, dict]) -> str:
 
 
 if __name__ == "__main__":
-    embed_galleries(Path(sys.argv[1]), Path(sys.argv[2]))
+    embed_galleries(*map(Path, sys.argv[1:]))

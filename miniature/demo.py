@@ -36,16 +36,16 @@ def launch(stage: int, output: Path, model: Path, world: Path, seed: int, *flags
     subprocess.run([*command, "--seed", str(seed), *flags], check=True)
 
 
-def train_all(output: Path, world: Path, seed: int, short: bool) -> None:
+def train_all(output: Path, world: Path, seed: int, short: bool, clip: Path) -> None:
     few = ["--max_steps", "12", "--dataset_train_split", "train[:1024]"] if short else []
     cache = ["--feature_cache_dir", str(output / "cache")]
     plain = ["--num_injection_blocks", "0", "--soft_alignment_weight", "0"]
     # Training leaves a core half idle, so the galleries and the baseline are worked on beside it.
     with ThreadPoolExecutor() as beside:
-        embed = [sys.executable, "-m", "miniature.compare", str(output), str(world)]
+        embed = [sys.executable, "-m", "miniature.compare", str(output), str(world), str(clip)]
         galleries = beside.submit(subprocess.run, embed, check=True)
-        launch(1, output / "stage1", CLIP, world, seed, *few, *cache)
-        mlp = beside.submit(launch, 1, output / "mlp", CLIP, world, seed, *few, *cache, *plain)
+        launch(1, output / "stage1", clip, world, seed, *few, *cache)
+        mlp = beside.submit(launch, 1, output / "mlp", clip, world, seed, *few, *cache, *plain)
         launch(2, output / "stage2", output / "stage1", world, seed, *few)
         galleries.result(), mlp.result()
 
@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"))
     parser.add_argument("--seed", type=int, default=0, help="of the training set drawn and of the training")
+    parser.add_argument("--clip", type=Path, default=CLIP, help="another stand-in CLIP, see miniature/train_clip.py")
     parser.add_argument("--short", action="store_true")
     args = parser.parse_args()
     logging.disable_progress_bar()
@@ -79,8 +80,8 @@ def main() -> None:
     world = args.output_dir / "world"
     print(f"drawing the world into {world}", flush=True)
     build(world, seed=args.seed)
-    train_all(args.output_dir, world, args.seed, args.short)
-    results, per_query, drawn = compare(args.output_dir, world, args.short)
+    train_all(args.output_dir, world, args.seed, args.short, args.clip)
+    results, per_query, drawn = compare(args.output_dir, world, args.short, args.clip)
     draw(args.output_dir, *drawn)
     for name, content, indent in (("results", results, 2), ("per_query", per_query, None)):
         (args.output_dir / f"{name}.json").write_text(json.dumps(content, indent=indent), encoding="utf-8")

@@ -4,14 +4,20 @@ Three passes, about 90 minutes on two CPU cores: pictures and captions; then cap
 since the language of modifications must be learned somewhere; then the text tower alone, on the same.
 
     train="python -m miniature.train_clip"
-    $train --output_dir runs/clip/1 --change_share 0
-    again="--learning_rate 5e-4 --warmup_steps 50"
+    $train --output_dir runs/clip/1 --change_share 0 --bf16
+    again="--learning_rate 5e-4 --warmup_steps 50 --bf16"
     $train --output_dir runs/clip/2 --init_from runs/clip/1 $again --max_steps 1300 --seed 1
     $train --output_dir modeling_tscir/miniature_clip --init_from runs/clip/2 $again --max_steps 2500 --seed 2 \
         --freeze_vision
 
-The weights are rounded to fp16 and stored once, in the package. The val world's caption oracle (a picture's full
-caption finds it among the val gallery) is logged on the way and tells when it is good enough.
+The weights are rounded to fp16 and stored once, in the package; the random draws have changed since. The val world's
+caption oracle (a picture's full caption finds it among the val gallery) is logged on the way, by kind of edit.
+
+A second CLIP, for comparison, comes from the stored one in an hour more, on sets of pictures that differ in nothing
+but shapes and places, which the stored one hardly sees; `python -m miniature.demo --clip` takes it.
+
+    $train --output_dir runs/sharp_clip --init_from modeling_tscir/miniature_clip --num_groups 9000 --num_sets 4500 \
+        --num_garments 5000 --change_share 0.4 --learning_rate 8e-4 --warmup_steps 100 --max_steps 2400 --seed 7
 """
 
 import argparse
