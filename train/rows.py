@@ -1,6 +1,7 @@
 """Training data of known size: rows of a `datasets` dataset, in batches that any step can start from."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -51,7 +52,7 @@ def refuse_files_twice(data_files: dict[str, list[str]], source: str) -> None:
     datasets 5.2 lists a file twice whose name holds the split's twice, as train-train.parquet does.
     """
     for split, files in data_files.items():
-        twice = sorted({str(file) for file in files if files.count(file) > 1}) if len(set(files)) < len(files) else []
+        twice = [str(file) for file, count in Counter(files).items() if count > 1]
         if twice:
             raise ValueError(
                 f"{twice[0]} would be read twice, one of {len(twice)} such: datasets lists a file twice whose name "
