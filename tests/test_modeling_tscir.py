@@ -263,13 +263,14 @@ def test_pickles_are_not_read(clip, clip_dir, stage1, tmp_path):
 
 @pytest.mark.parametrize("form", ["full", "reference"])
 @torch.no_grad()
-def test_bf16_and_attention_implementations(form, stage2, composed, tmp_path):
+def test_half_precisions_and_attention_implementations(form, stage2, composed, tmp_path):
     expected = stage2.get_composed_features(**composed)
     stage2.save_pretrained(tmp_path, backbone=form)
-    half = TSCIRModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in composed.items()}
-    assert (half.get_composed_features(**inputs).float() * expected).sum(-1).min() > 0.99
+    for dtype, least in ((torch.bfloat16, 0.99), (torch.float16, 0.999)):
+        half = TSCIRModel.from_pretrained(tmp_path, dtype=dtype)
+        assert {p.dtype for p in half.parameters()} == {dtype}
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in composed.items()}
+        assert (half.get_composed_features(**inputs).float() * expected).sum(-1).min() > least
     for implementation in ("eager", "sdpa"):
         model = TSCIRModel.from_pretrained(tmp_path, attn_implementation=implementation)
         assert model.clip.text_model.config._attn_implementation == implementation
