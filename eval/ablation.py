@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from ablation_data import NOVELTIES, ROOT, Mixture, make_data, of_seed, triplets_of
+from ablation_data import NOVELTIES, ROOT, Mixture, clip_folder, make_data, of_seed, settle_clip, triplets_of
 from ablation_measures import FORGETTING, READOUT, RETRIEVAL
 from ablation_report import collect, report, summarise
 from ablation_tasks import TASKS
-
-from miniature.compare import CLIP  # noqa: E402  (ablation_data puts its folder on the path)
 
 
 MEASURES = {"retrieval": RETRIEVAL, "readout": READOUT, "forgetting": FORGETTING, "tasks": TASKS}
@@ -159,8 +157,8 @@ class Runner:
             return self.once(result, lambda: self.evaluate(given, result, grid.measure))
         form = run["stage1"]
         first = self.output / "stage1" / f"{slug(form)}-{seed}"
-        captions = of_seed(self.output, seed) / "captions"
-        trained = self.once(first, lambda: self.train(1, CLIP, captions, first, seed, grid.stage1[form]))
+        captions, clip = of_seed(self.output, seed) / "captions", clip_folder(self.output)
+        trained = self.once(first, lambda: self.train(1, clip, captions, first, seed, grid.stage1[form]))
         second = self.output / "stage2" / f"{slug(name)}-{seed}"
 
         def work() -> None:
@@ -177,6 +175,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=ROOT / "eval/ablation/components.yaml")
     parser.add_argument("--output_dir", type=Path, required=True, help="data, features and trained models")
     parser.add_argument("--results_dir", type=Path, help="values, tables and report; OUTPUT_DIR/results unless told")
+    parser.add_argument("--clip", type=Path, help="another stand-in CLIP, for new folders")
     parser.add_argument("--world", default="val", choices=["val", "test"], help="choose on val, read test once")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")
@@ -191,6 +190,7 @@ def main() -> None:
     results = (args.results_dir or args.output_dir / "results").resolve()
     grid = Grid.read(args.config)
     seeds = args.seeds or grid.seeds
+    fingerprint = settle_clip(args.output_dir, results, args.clip)
     flags = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
     runner = Runner(args.output_dir, results, args.jobs, flags)
     files = {(name, seed): runner.result(name, seed) for seed in seeds for name in grid.runs}
@@ -211,7 +211,8 @@ def main() -> None:
     tidy.to_parquet(folder / "table.parquet")
     tidy.to_csv(folder / "table.csv", index=False)
     (folder / "claims.json").write_text(json.dumps(claims, indent=2), encoding="utf-8")
-    text = report(table, list(grid.runs), claims, details, measure, f"{args.config.stem}, {args.world} worlds", folder)
+    title = f"{args.config.stem}, {args.world} worlds, stand-in CLIP {fingerprint[:8]}"
+    text = report(table, list(grid.runs), claims, details, measure, title, folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
     print(text)
     if args.world == "test":

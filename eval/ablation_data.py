@@ -1,5 +1,6 @@
 """What a grid trains on: for each seed captions, triplets, and mixtures of triplets by number and quality."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ from miniature.build import build_further, write_captions, write_triplets  # noq
 from miniature.compare import CLIP  # noqa: E402
 from miniature.scenes import KINDS_NOT_IN_TRIPLETS, allowed_in_stage1, allowed_in_triplets  # noqa: E402
 from miniature.worlds import further_scene_worlds  # noqa: E402
+from modeling_tscir import TSCIRModel, TSCIRProcessor  # noqa: E402
+from modeling_tscir.backbone import backbone_fingerprint  # noqa: E402
 
 
 POOL = 30_000  # triplets of either quality, of which mixtures take the first
@@ -72,6 +75,41 @@ class Mixture:
         return f"triplets-{self.number}-{self.templated:g}-{self.wrong:g}"
 
 
+def clip_folder(output: Path) -> Path:
+    """The stand-in CLIP of an output folder: the package's, unless it was given another."""
+    own = output / "clip"
+    return own if own.is_dir() else CLIP
+
+
+def plain_clip(output: Path) -> tuple[TSCIRModel, TSCIRProcessor]:
+    folder = clip_folder(output)
+    return TSCIRModel.from_clip_pretrained(folder), TSCIRProcessor.from_clip_pretrained(folder)
+
+
+def settle_clip(output: Path, results: Path, clip: Path | None) -> str:
+    """Give a new output folder its CLIP, the package's unless told; its fingerprint, also in RESULTS/clip.json.
+
+    Raises:
+        `ValueError` if what either folder holds is of another CLIP.
+    """
+    own = output / "clip"
+    if clip is not None and not own.is_dir():
+        if (output / "cache").is_dir():
+            raise ValueError(f"{output} is of the package's CLIP; give {clip} an --output_dir of its own")
+        shutil.copytree(clip, own)
+    named = results / "clip.json"
+    known = json.loads(named.read_text(encoding="utf-8"))["fingerprint"] if named.is_file() else None
+    mine, others = (
+        backbone_fingerprint(TSCIRModel.from_clip_pretrained(folder).clip)
+        for folder in (clip_folder(output), clip or clip_folder(output))
+    )
+    if mine != others or known not in (mine, None):
+        raise ValueError(f"{output} is of the CLIP {mine}, {results} of {known}, and {others} is asked for")
+    results.mkdir(parents=True, exist_ok=True)
+    named.write_text(json.dumps({"fingerprint": mine}) + "\n", encoding="utf-8")
+    return mine
+
+
 def of_seed(output: Path, seed: int) -> Path:
     return output / f"training-{seed}"
 
@@ -86,7 +124,9 @@ def make_data(output: Path, seeds: list[int], mixtures: set[Mixture] = frozenset
     for seed in seeds:
         writers[of_seed(output, seed)] = partial(write_training_data, seed=seed)
         if mixtures:
-            writers[output / f"pools-{seed}"] = partial(write_pools, captions=of_seed(output, seed), seed=seed)
+            writers[output / f"pools-{seed}"] = partial(
+                write_pools, captions=of_seed(output, seed), clip=clip_folder(output), seed=seed
+            )
         for mixture in sorted(mixtures, key=lambda m: m.folder):
             pools = output / f"pools-{seed}"
             writers[triplets_of(output, seed, mixture)] = partial(
@@ -105,11 +145,11 @@ def write_training_data(folder: Path, seed: int) -> None:
     write_triplets(folder, seed, further=True)
 
 
-def write_pools(folder: Path, captions: Path, seed: int) -> None:
+def write_pools(folder: Path, captions: Path, clip: Path, seed: int) -> None:
     """edits/, and templates/ by train/synthesize.py from stage I's captions, paired and filtered by CLIP."""
     write_triplets(folder / "edits", seed, further=True, number=POOL)
     command = [sys.executable, "train/synthesize.py", "--dataset_name", captions / "captions", "--seed", seed]
-    command += ["--model_name_or_path", CLIP, "--num_triplets", POOL, "--output_dir", folder / "templates"]
+    command += ["--model_name_or_path", clip, "--num_triplets", POOL, "--output_dir", folder / "templates"]
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"train/synthesize.py failed:\n{done.stderr[-2000:]}")

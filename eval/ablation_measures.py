@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import ablation_data  # noqa: F401  (puts the project's folder on the path)
 import numpy as np
 import pandas as pd
 import torch
+from ablation_data import plain_clip  # and puts the project's folder on the path
 from combiner import fit_combiner
 from datasets import Image, load_dataset
 from harness import compose, embed_pictures, rank
 from splits import Split
 
 from miniature.build import pictures
-from miniature.compare import BENCHMARKS, CLIP, SHOWN, clusters_of, query_values, read_benchmark
+from miniature.compare import BENCHMARKS, SHOWN, clusters_of, query_values, read_benchmark
 from miniature.language import full_caption
 from miniature.scenes import Scene, random_scene
 from miniature.worlds import FURTHER
@@ -62,7 +62,7 @@ def splits_of_worlds(output: Path):
 
 def embed_worlds(output: Path, results: Path) -> None:
     """Every picture's embedding, into the cache; and to RESULTS/queries.parquet which queries there are."""
-    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    clip = plain_clip(output)
     frames = []
     for split, world, benchmark, args, splits in splits_of_worlds(output):
         for part in splits.values():
@@ -73,7 +73,7 @@ def embed_worlds(output: Path, results: Path) -> None:
 
 
 def evaluate_retrieval(run: dict, result: Path, output: Path) -> None:
-    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    clip = plain_clip(output)
     queries_of = composer(run, clip)
     frames = []
     for split, _, benchmark, args, splits in splits_of_worlds(output):
@@ -144,7 +144,7 @@ def labels_of(scenes: list[Scene]) -> dict[str, np.ndarray]:
 
 def readout_features(output: Path, part: str) -> tuple[torch.Tensor, torch.Tensor]:
     """v(x) [N, D] and P(x) [N, n, d_v] of a part's pictures, from the cache where they are there."""
-    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    clip = plain_clip(output)
     scenes = readout_scenes()[part]
     both = cache(lambda: embed_images_with_patches(*clip, pictures(scenes, f"readout {part}")))
     key = feature_key(*clip, ["readout", part, len(scenes)])

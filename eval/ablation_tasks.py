@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from ablation_data import plain_clip
 from ablation_measures import Measure, splits_of_worlds, write_table
 from harness import embed_pictures
 from splits import Split
 
-from miniature.compare import CLIP
 from miniature.language import full_caption
 from miniature.scenes import FIELD_OF_KIND, PAIRED_EDITS, Group, Scene, apply_both
 from miniature.worlds import SceneWorld, further_scene_worlds
@@ -109,7 +109,7 @@ def worlds_with_queries(output: Path) -> Iterator[tuple[str, str, Split, object,
 
 def prepare_tasks(output: Path, results: Path) -> None:
     """Every picture's embedding, into the cache; and to RESULTS/queries.parquet which queries there are."""
-    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    clip = plain_clip(output)
     frames = []
     for name, world, split, args, tasks in worlds_with_queries(output):
         embed_pictures(*clip, split, args)
@@ -143,7 +143,7 @@ def composed(
 
 def evaluate_tasks(run: dict, result: Path, output: Path) -> None:
     """Whether the wanted picture comes first; a query's own pictures are removed from its ranking."""
-    clip = TSCIRModel.from_clip_pretrained(CLIP), TSCIRProcessor.from_clip_pretrained(CLIP)
+    clip = plain_clip(output)
     trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
     frames = []
     for name, _, split, args, tasks in worlds_with_queries(output):

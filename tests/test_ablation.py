@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from ablation import MEASURES, Grid, Runner
-from ablation_data import MET, NEW_KIND, NOVELTIES, Mixture
+from ablation_data import MET, NEW_KIND, NOVELTIES, Mixture, settle_clip
 from ablation_measures import write_table
 from ablation_report import report, summarise
 from combiner import fit_combiner
@@ -25,7 +25,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from splits import Split
 
-from miniature.compare import SHOWN
+from miniature.compare import CLIP, SHOWN
 from miniature.language import full_caption
 from miniature.worlds import draw_scene_world
 from modeling_tscir.embedding import embed_images
@@ -137,6 +137,28 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
     monkeypatch.setattr(Runner, "_call", lambda self, command, log: commands.append([str(c) for c in command]))
     run_all()
     assert len(commands) == 2 and commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+def test_another_clip_has_folders_of_its_own(tmp_path, clip_dir, monkeypatch):
+    """Its copy goes on with the grid, trains stage I, and what is of another CLIP is refused."""
+    output, results = tmp_path / "out", tmp_path / "results"
+    fingerprint = settle_clip(output, results, clip_dir)
+    assert fingerprint != settle_clip(tmp_path / "packaged", tmp_path / "its results", None)
+    assert settle_clip(output, results, None) == settle_clip(output, results, clip_dir) == fingerprint
+    assert json.loads((results / "clip.json").read_text("utf-8")) == {"fingerprint": fingerprint}
+    commands = []
+    monkeypatch.setattr(Runner, "_call", lambda self, command, log: commands.append([str(c) for c in command]))
+    Runner(output, results, 1, []).run("alone", GRID.runs["alone"], GRID, 0).result()
+    assert commands[0][commands[0].index("--model_name_or_path") + 1] == str(output / "clip")
+    with pytest.raises(ValueError, match=fingerprint):
+        settle_clip(tmp_path / "packaged", results, None)
+    with pytest.raises(ValueError, match=fingerprint):
+        settle_clip(output, tmp_path / "its results", None)
+    with pytest.raises(ValueError, match=fingerprint):
+        settle_clip(output, results, CLIP)
+    (tmp_path / "packaged" / "cache").mkdir(parents=True)
+    with pytest.raises(ValueError, match="of its own"):
+        settle_clip(tmp_path / "packaged", tmp_path / "new", clip_dir)
 
 
 def test_the_report_tells_effects_as_they_are(tmp_path):
@@ -269,7 +291,7 @@ def test_what_is_drawn_is_measured(clip_dir, stage2, processor, tmp_path, monkey
     stage2.save_pretrained(tmp_path / "stage2")
     processor.save_pretrained(tmp_path / "stage2")
     monkeypatch.setattr(ablation_measures, "SCENES", 40)
-    monkeypatch.setattr(ablation_measures, "CLIP", clip_dir)
+    monkeypatch.setattr(ablation_data, "CLIP", clip_dir)
     ablation_measures.readout_scenes.cache_clear()
     try:
         MEASURES[measure].prepare(tmp_path / "out", tmp_path)
