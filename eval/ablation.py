@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -81,6 +81,13 @@ class Grid:
                 known = (*NOVELTIES, *MEASURES[grid.measure].shown)
                 raise ValueError(f"{path}, claim {claim!r}: {pair[2]!r} is none of {known}")
         return grid
+
+    def only(self, runs: list[str]) -> "Grid":
+        """The grid of these runs, and of the claims about them. Raises `ValueError` for runs that it does not have."""
+        if not set(runs) <= set(self.runs):
+            raise ValueError(f"runs of this grid are {list(self.runs)}, not {sorted(set(runs) - set(self.runs))}")
+        claims = {claim: pair for claim, pair in self.claims.items() if set(pair[:2]) <= set(runs)}
+        return replace(self, runs={name: run for name, run in self.runs.items() if name in runs}, claims=claims)
 
 
 def mixture_of(run: dict) -> Mixture | None:
@@ -178,6 +185,7 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, help="another stand-in CLIP, for new folders")
     parser.add_argument("--world", default="val", choices=["val", "test"], help="choose on val, read test once")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
+    parser.add_argument("--runs", nargs="+", help="these of the configuration's alone, and the claims about them")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")
     parser.add_argument("--max_steps", type=int, help="few, to see that everything works")
     parser.add_argument("--evaluate", nargs=3, help=argparse.SUPPRESS)  # one model, in its own process
@@ -188,7 +196,8 @@ def main() -> None:
         MEASURES[measure].evaluate(json.loads(run), Path(result), args.output_dir)
         return
     results = (args.results_dir or args.output_dir / "results").resolve()
-    grid = Grid.read(args.config)
+    whole = Grid.read(args.config)
+    grid = whole.only(args.runs or list(whole.runs))
     seeds = args.seeds or grid.seeds
     fingerprint = settle_clip(args.output_dir, results, args.clip)
     flags = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
@@ -212,6 +221,8 @@ def main() -> None:
     tidy.to_csv(folder / "table.csv", index=False)
     (folder / "claims.json").write_text(json.dumps(claims, indent=2), encoding="utf-8")
     title = f"{args.config.stem}, {args.world} worlds, stand-in CLIP {fingerprint[:8]}"
+    if len(grid.runs) < len(whole.runs):
+        title += f", {len(grid.runs)} of {len(whole.runs)} runs"
     text = report(table, list(grid.runs), claims, details, measure, title, folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
     print(text)

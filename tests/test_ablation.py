@@ -95,6 +95,13 @@ GRID = Grid(
 )  # fmt: skip
 
 
+def test_some_runs_of_a_grid_bring_their_claims():
+    assert GRID.only(["alone", "whole"]).claims == {"stage II helps": ["whole", "alone"]}
+    assert list(GRID.only(["other"]).runs) == ["other"] and GRID.only(list(GRID.runs)) == GRID
+    with pytest.raises(ValueError, match="not \\['wholly'\\]"):
+        GRID.only(["whole", "wholly"])
+
+
 def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monkeypatch):
     commands = []
 
