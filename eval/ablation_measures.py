@@ -24,7 +24,8 @@ from miniature.scenes import Scene, random_scene
 from miniature.worlds import FURTHER
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_texts
-from modeling_tscir.feature_cache import cached, feature_key
+from modeling_tscir.feature_cache import cached, feature_key, file_fingerprints
+from modeling_tscir.images import Selected
 from modeling_tscir.ranking import rank_gallery
 
 
@@ -74,7 +75,7 @@ def embed_worlds(output: Path, results: Path) -> None:
 
 def evaluate_retrieval(run: dict, result: Path, output: Path) -> None:
     clip = plain_clip(output)
-    queries_of = composer(run, clip)
+    queries_of = composer(run, clip, output)
     frames = []
     for split, _, benchmark, args, splits in splits_of_worlds(output):
         ranked = {}
@@ -86,11 +87,36 @@ def evaluate_retrieval(run: dict, result: Path, output: Path) -> None:
     write_table(pd.concat(frames, ignore_index=True), result)
 
 
-def composer(run: dict, clip: tuple[TSCIRModel, TSCIRProcessor]) -> Callable[[Split, torch.Tensor], torch.Tensor]:
+def reference_patches(output: Path, clip: tuple[TSCIRModel, TSCIRProcessor], part: Split) -> torch.Tensor:
+    """P(x) [n, N, d_v], fp32, of a split's distinct references, from the cache where they are there."""
+    rows = sorted(set(part.references))
+    key = feature_key(*clip, ["patches", *file_fingerprints([part.files[row] for row in rows])])
+    pictures = Selected(part.sources, rows)
+    return cached(output / "cache", key, lambda: embed_images_with_patches(*clip, pictures, dtype=torch.float32)[1])
+
+
+@torch.no_grad()
+def pseudo_words(model: TSCIRModel, embeds: torch.Tensor, patches: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Pseudo-words [n, M, d_t] of pictures' v(x) [n, D] and, if the mapper reads them, P(x) [n, N, d_v]."""
+    if not model.mapper.needs_patches:
+        return model.get_pseudo_words(embeds)
+    parts = zip(embeds.split(256), patches().split(256), strict=True)
+    return torch.cat([model.get_pseudo_words(v, p.float()) for v, p in parts])
+
+
+def composer(
+    run: dict, clip: tuple[TSCIRModel, TSCIRProcessor], output: Path
+) -> Callable[[Split, torch.Tensor], torch.Tensor]:
     """Queries [Q, D] of a split, given its pictures' embeddings: by a trained model, or by a method on plain CLIP."""
     if "model" in run:
         trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
-        return lambda part, pictures: compose("tscir", *trained, part, pictures)
+
+        def composed(part: Split, pictures: torch.Tensor) -> torch.Tensor:
+            embeds = pictures[torch.tensor(sorted(set(part.references)))]
+            encoded = embeds, pseudo_words(trained[0], embeds, lambda: reference_patches(output, clip, part))
+            return compose("tscir", *trained, part, pictures, encoded=encoded)
+
+        return composed
     if run["method"] != "combiner":
         return lambda part, pictures: compose(run["method"], *clip, part, pictures, run.get("weight"))
     rows = load_dataset("parquet", data_files=str(Path(run["triplets"]) / "*.parquet"), split="train")
@@ -163,9 +189,8 @@ def prepare_readout(output: Path, results: Path) -> None:
 def pseudo_sentences(model: TSCIRModel, processor: TSCIRProcessor, embeds: torch.Tensor, patches: torch.Tensor):
     """q(x) [N, D], what the text tower reads in "a photo of" and the pseudo-words."""
     prompt, found = processor.compose([""]), []
-    for v, p in zip(embeds.split(256), patches.split(256), strict=True):
-        words = model.get_pseudo_words(v, p.float() if model.mapper.needs_patches else None)
-        ids, mask = (prompt[name].expand(len(v), -1) for name in ("input_ids", "pseudo_mask"))
+    for words in pseudo_words(model, embeds, lambda: patches).split(256):
+        ids, mask = (prompt[name].expand(len(words), -1) for name in ("input_ids", "pseudo_mask"))
         found.append(model.encode_with_pseudo_words(ids, mask, words))
     return torch.cat(found)
 

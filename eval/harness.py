@@ -214,15 +214,18 @@ def compose(
     image_embeds: torch.Tensor,
     weight: float | None = None,
     batch_size: int = 64,
+    encoded: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Query embeddings [Q, D], L2-normalised, by one of METHODS; several wordings of a query are averaged."""
+    """Query embeddings [Q, D], L2-normalised, by one of METHODS; several wordings of a query are averaged.
+
+    `encoded` is for `embed_queries`: of the split's distinct references, where it is known already.
+    """
     flat = [text for wordings in split.texts for text in wordings]
     owner = torch.tensor([q for q, wordings in enumerate(split.texts) for _ in wordings])
     references = torch.tensor(split.references)[owner]
     if method == "tscir":
-        queries = embed_queries(
-            model, processor, split.sources, references.tolist(), flat, batch_size, weight or 0.0, progress="queries"
-        )
+        told = {"batch_size": batch_size, "weight": weight or 0.0, "progress": "queries", "encoded": encoded}
+        queries = embed_queries(model, processor, split.sources, references.tolist(), flat, **told)
     else:
         texts = embed_texts(model, processor, flat, batch_size) if method != "image" else None
         queries = mix(method, image_embeds[references], texts, 0.5 if weight is None else weight)

@@ -67,9 +67,14 @@ def embed_images(
 
 @torch.no_grad()
 def embed_images_with_patches(
-    model, processor, sources: Sequence[ImageSource], batch_size: int = 64, progress: bool | str = False
+    model,
+    processor,
+    sources: Sequence[ImageSource],
+    batch_size: int = 64,
+    progress: bool | str = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image embeddings [n, D] in fp32 and patch states [n, N, d_v] in bf16, on the CPU."""
+    """Image embeddings [n, D] in fp32 and patch states [n, N, d_v] in `dtype`, on the CPU."""
     embeds, patches, start = None, None, 0
     for pixels in tracked(
         image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress
@@ -77,7 +82,7 @@ def embed_images_with_patches(
         image_embeds, patch_states = model.encode_image(pixels.to(model.device, model.dtype))
         if embeds is None:
             embeds = torch.empty(len(sources), image_embeds.shape[1])
-            patches = torch.empty(len(sources), *patch_states.shape[1:], dtype=torch.bfloat16)
+            patches = torch.empty(len(sources), *patch_states.shape[1:], dtype=dtype)
         embeds[start : start + len(pixels)] = image_embeds.float().cpu()
         patches[start : start + len(pixels)] = patch_states.cpu()
         start += len(pixels)
@@ -125,16 +130,20 @@ def embed_queries(
     batch_size: int = 64,
     weight: float = 0.0,
     progress: bool | str = False,
+    encoded: tuple[torch.Tensor, torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """Composed queries [len(texts), D], L2-normalised, fp32, on the CPU.
 
     Text i changes the picture `sources[references[i]]`. A picture is encoded once, however many texts change it, and
-    not at all if none does. Texts of like length share a batch.
+    not at all if none does. Texts of like length share a batch. `encoded` is what `embed_references` gives for the
+    distinct references, in ascending order, where it is known already.
     """
     unique = sorted(set(references))
     row_of = {source: row for row, source in enumerate(unique)}
     rows = [row_of[source] for source in references]
-    image_embeds, words = embed_references(model, processor, Selected(sources, unique), batch_size, progress)
+    if encoded is None:
+        encoded = embed_references(model, processor, Selected(sources, unique), batch_size, progress)
+    image_embeds, words = encoded
     queries = torch.empty(len(texts), image_embeds.shape[1])
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), batch_size):

@@ -286,10 +286,28 @@ def test_methods_on_the_plain_clip_make_queries(stage0, processor, pictures, tmp
     made = {}
     for run in ({"method": "sum", "weight": 0.5}, {"method": "slerp", "weight": 0.5},
                 {"method": "combiner", "triplets": str(tmp_path), "seed": 0, "epochs": 2}):  # fmt: skip
-        made[run["method"]] = ablation_measures.composer(run, (stage0, processor))(split, embeds)
+        made[run["method"]] = ablation_measures.composer(run, (stage0, processor), tmp_path)(split, embeds)
         assert made[run["method"]].shape == (2, 24)
     expected = F.normalize(embeds[0] + harness.compose("text", stage0, processor, split, embeds)[0], dim=-1)
     assert torch.allclose(made["sum"][0], expected, atol=1e-5) and not torch.allclose(made["combiner"][0], expected)
+
+
+def test_trained_models_compose_from_stored_patches(stage0, stage2, processor, pictures, tmp_path, monkeypatch):
+    """As they compose from the pictures; the second run of a grid asks for no picture again."""
+    stage2.save_pretrained(tmp_path / "stage2")
+    processor.save_pretrained(tmp_path / "stage2")
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(len(pictures))]
+    split = Split(image_ids=list("abcdef"), sources=paths, files=[(path,) for path in paths], query_ids=[0, 1, 2],
+                  references=[3, 0, 3], texts=[("red",), ("a", "b"), ("c",)], annotation_files=(),
+                  truths=[[1], [2], [0]])  # fmt: skip
+    embeds = embed_images(stage0, processor, pictures)
+    expected = harness.compose("tscir", stage2, processor, split, embeds)
+    for _ in range(2):
+        queries_of = ablation_measures.composer({"model": tmp_path / "stage2"}, (stage0, processor), tmp_path)
+        torch.testing.assert_close(queries_of(split, embeds), expected, atol=1e-6, rtol=0)
+        monkeypatch.setattr(ablation_measures, "embed_images_with_patches", None)
 
 
 @pytest.mark.parametrize(("measure", "metrics"), [("readout", 6), ("forgetting", 3)])
