@@ -6,7 +6,8 @@ Trains every run of the grid with every seed, each seed on training data of its 
 and test with each, and writes to --results_dir every query's value by run and seed, and to val/ or test/ in it
 table.parquet and .csv, claims.json and report.md. What either folder holds already is not done again: an interrupted
 grid goes on, also on another machine from its results alone, and seeds can be added. Runs share data, features,
-galleries and stage I. Verdicts on test of all grids that lie side by side are gathered in claims.json beside them.
+galleries and stage I. Verdicts on test of all grids that lie side by side are gathered beside them, in claims.json and
+claims.md.
 """
 
 import argparse
@@ -229,6 +230,7 @@ def main() -> None:
     if args.world == "test":
         gathered = gather(results.parent)
         (results.parent / "claims.json").write_text(json.dumps(gathered, indent=2) + "\n", encoding="utf-8")
+        (results.parent / "claims.md").write_text(table_of(gathered), encoding="utf-8")
 
 
 def gather(folder: Path) -> list[dict]:
@@ -239,6 +241,18 @@ def gather(folder: Path) -> list[dict]:
         claims = json.loads(path.read_text(encoding="utf-8"))
         found += [{"grid": path.parents[1].name} | {name: claim[name] for name in kept} for claim in claims]
     return found
+
+
+def table_of(claims: list[dict]) -> str:
+    """Markdown: every gathered claim, percentage points, by the grid whose report tells more."""
+    lines = ["# Every claim on the test worlds", ""]
+    lines += ["Percentage points with 95% intervals; verdicts are Holm-corrected within each grid.", ""]
+    lines += ["| grid | claim | effect | verdict |", "|---|---|---|---|"]
+    for claim in claims:
+        effect, low, high = (f"{100 * claim[name]:+.1f}" for name in ("effect", "ci_low", "ci_high"))
+        report_of = f"[{claim['grid']}]({claim['grid']}/test/report.md)"
+        lines.append(f"| {report_of} | {claim['claim']} | {effect} ({low} to {high}) | {claim['verdict']} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -239,6 +239,14 @@ def test_reports_of_several_grids_are_gathered(tmp_path, monkeypatch, capsys):
         ("second", "cannot be told"),
     ]
     assert gathered[0]["ci_low"] < gathered[0]["effect"] < gathered[0]["ci_high"]
+    table = (tmp_path / "claims.md").read_text("utf-8")
+    assert f"| [first](first/test/report.md) | first | {100 * gathered[0]['effect']:+.1f} (" in table
+
+
+def test_stored_verdicts_are_those_of_the_stored_grids():
+    stored = json.loads((ROOT / "eval/ablation/claims.json").read_text("utf-8"))
+    assert stored == ablation.gather(ROOT / "eval/ablation")
+    assert (ROOT / "eval/ablation/claims.md").read_text("utf-8") == ablation.table_of(stored)
 
 
 def test_what_is_told_linearly_is_what_is_there():
