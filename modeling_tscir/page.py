@@ -3,11 +3,13 @@
 Only thumbnails of the gallery's own pictures are sent out; no path of this machine can be asked for.
 """
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable
 
 import gradio as gr
+from gradio.utils import get_upload_folder
 from PIL import Image
 from starlette.middleware import Middleware
 from transformers.utils import logging
@@ -36,6 +38,21 @@ def small(gallery, name: str) -> Image.Image:
         return thumbnail(gallery.source(name), THUMBNAIL)
     except KeyError as error:
         raise gr.Error(f"{printable(name)} is no longer in the gallery.", print_exception=False) from error
+
+
+class Upload(gr.Image):
+    """A picture that a visitor uploads. Gradio's own would open whatever path a request names, and before our checks."""
+
+    is_template = True  # drawn as gr.Image is
+
+    def preprocess(self, payload) -> str | None:
+        """The path of what was uploaded, undecoded. Raises `gr.Error` for any other path of this machine."""
+        if payload is None:
+            return None
+        folder, path = os.path.realpath(get_upload_folder()), os.path.realpath(payload.path or "")
+        if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
+            raise gr.Error("This picture was not uploaded here.", print_exception=False)
+        return path
 
 
 def uploaded(path: str | None) -> Image.Image | None:
@@ -132,7 +149,7 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
         chosen, shown, steps = gr.State(None), gr.State([]), gr.State([])
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(
+                image = Upload(
                     label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260,
                     elem_id="picture",
                 )  # fmt: skip
@@ -140,7 +157,7 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
                                   elem_id="change")  # fmt: skip
                 go = gr.Button("Search", variant="primary", elem_id="search")
                 with gr.Accordion("More", open=False):
-                    second = gr.Image(
+                    second = Upload(
                         label="Second picture: “… in the colour of …”", type="filepath", image_mode=None, height=180,
                         sources=["upload", "clipboard"], elem_id="second",
                     )  # fmt: skip
