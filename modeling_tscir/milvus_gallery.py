@@ -50,6 +50,8 @@ class MilvusGallery:
         if not holds_gallery(self.uri):
             raise GalleryError(f"{self.uri} holds no gallery; make one with: tscir index PHOTOS --output {self.uri}")
         self.client = connect(address)
+        for name in (self.collection, f"{self.collection}_info"):
+            self.client.load_collection(name)
         rows = self.client.get(f"{self.collection}_info", ids=["info"], output_fields=["content"])
         if rows[0]["content"].get("format") != FORMAT:
             raise GalleryError(f"{self.uri} is no gallery of this package's; name another collection: {address}#NAME")
@@ -387,7 +389,10 @@ def holds_gallery(uri: str) -> bool:
         return False
     client = connect(address)
     with told(uri):
-        found = client.has_collection(name) and client.get(name, ids=["info"], output_fields=["id"])
+        found = client.has_collection(name)
+        if found:
+            client.load_collection(name)  # a file's collections lie released when the process that wrote them is gone
+            found = client.get(name, ids=["info"], output_fields=["id"])
     client.close()
     return bool(found)
 

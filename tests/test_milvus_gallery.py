@@ -57,6 +57,17 @@ def both(address, stage2, processor, picture_folder, tmp_path):
     remote.client.close()
 
 
+def test_a_file_outlives_the_process_that_made_it(clip_dir, picture_folder, tmp_path):
+    """As `tscir index`, then `tscir search` and `tscir info`, run it."""
+    program = [sys.executable, "-m", "modeling_tscir.cli"]
+    name = str(tmp_path / "g.db")
+    for words in (["index", picture_folder, "--output", name, "--model", clip_dir], ["search", name, "--text", "red"],
+                  ["info", name], ["index", picture_folder, "--output", name, "--model", clip_dir]):  # fmt: skip
+        done = subprocess.run([*program, *map(str, words)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "6 as they were" in done.stderr
+
+
 QUERIES = torch.nn.functional.normalize(torch.randn(5, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
 
 
