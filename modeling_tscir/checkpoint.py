@@ -111,6 +111,10 @@ class CheckpointMixin:
             config.backbone_revision = None
         delta = cached_file(path, DELTA_NAME, **quiet, **hub)
         if delta is None:
+            if backbone is not None:  # the folder has its own, which this one must be
+                _, given, _ = load_backbone(os.fspath(backbone), None, torch.float32, None)
+                if config.backbone_fingerprint and given != config.backbone_fingerprint:
+                    raise ValueError(f"{path} was trained on another backbone than {backbone}: their weights differ")
             kwargs["use_safetensors"] = True
             loading = kwargs.pop("output_loading_info", False)
             with told_of_damage(path):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-# torch, transformers and the rest are imported where they are needed, so that --help answers at once.
+# torch, transformers and the rest are imported where they are needed, so that a mistake is told before they load.
 DESCRIPTION = """Search pictures by a picture and a text that changes it.
 
   tscir index PHOTOS --output G                       embed a folder's pictures, again only what changed
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     index.add_argument("--model", help=MODEL_HELP + "; the gallery's own if it has one already")
     index.add_argument("--prefix", default="", help="put before ids, so that several folders go into one gallery")
     index.add_argument("--metadata", type=Path, help="CSV, JSON Lines or Parquet with a column file_name")
-    index.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of stored embeddings")
+    index.add_argument("--dtype", choices=["float16", "float32"], help="of stored embeddings; float16 unless told")
     index.add_argument("--batch_size", type=int, default=32, help="pictures a forward pass")
     index.add_argument("--shard_size", type=int, default=2048, help="pictures that an interruption may cost")
     index.add_argument("--index", metavar="FACTORY", help='a FAISS index, such as "IVF4096,PQ64"; "none" drops it')
@@ -138,6 +138,7 @@ def model_of(gallery, given: str | None) -> str:
 
 def run_index(args: argparse.Namespace) -> int:
     from .gallery import Gallery
+    from .gallery_index import empty
     from .indexing import Processes
     from .milvus_gallery import MilvusGallery, is_milvus, open_gallery
 
@@ -148,10 +149,14 @@ def run_index(args: argparse.Namespace) -> int:
     name = args.model or model_of(open_gallery(args.output) if there else None, None)
     cir = load_pipeline(name)
     kind = MilvusGallery if is_milvus(args.output) else Gallery
-    gallery = kind.open_or_create(args.output, cir.model, cir.processor, args.dtype)
+    gallery = kind.open_or_create(args.output, cir.model, cir.processor, args.dtype or "float16")
+    if args.dtype not in (None, gallery.info["dtype"]):
+        raise ValueError(f"{args.output} stores {gallery.info['dtype']}, not {args.dtype}; name a new one")
     if args.index is not None and kind is MilvusGallery:
         raise ValueError("--index is for galleries in folders; Milvus keeps an index of its own")
     if args.index is not None and processes.main:
+        if args.index != "none":
+            empty(args.index, gallery.info["dimensions"])  # refuses what FAISS does not know, before any work
         gallery.drop_index()  # another is built when the pictures are in
     if processes.main:
         gallery.remember(model=str(Path(name).resolve()) if Path(name).is_dir() else name)
@@ -199,6 +204,8 @@ def run_search(args: argparse.Namespace) -> int:
         if path is not None and (path.suffix.lower() not in known or not path.parent.is_dir()):
             raise ValueError(f"{path}: name a file in a folder that is there, ending in {' or '.join(known)}")
     gallery = open_gallery(args.gallery)
+    if len(gallery) == 0:
+        raise ValueError(f"{args.gallery} holds no pictures; index some: tscir index PHOTOS --output {args.gallery}")
     cir = load_pipeline(model_of(gallery, args.model))
     gallery.check(cir.model, cir.processor)
     content = []

@@ -1,12 +1,14 @@
 """Results of a search to look at: one page that stands alone, or one picture."""
 
 import base64
+import contextlib
+import functools
 import html
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .gallery import Gallery
 from .images import thumbnail
@@ -65,14 +67,14 @@ def write_png(path: Path, gallery: Gallery, content: Sequence, results: Sequence
         left = margin + number * (CELL + margin)
         sheet.paste(ImageOps.pad(image, (CELL, CELL), color="white"), (left, top))
         for row, line in enumerate(lines):
-            draw.text((left, top + CELL + 2 + 16 * row), shortened(line, draw), fill="black", font_size=13)
+            draw.text((left, top + CELL + 2 + 16 * row), shortened(line, draw), fill="black", font=font(13))
 
     pictures = [part for part in content if not isinstance(part, str)][: columns - 1]
     for number, part in enumerate(pictures):
         place(number, margin, thumbnail(part["image"], CELL), ["query"])
     words = " ".join(part if isinstance(part, str) else "[picture]" for part in content)
     left = margin + len(pictures) * (CELL + margin)
-    draw.multiline_text((left, margin + CELL // 3), wrapped(words, draw, width - left - margin), "black", font_size=18)
+    draw.multiline_text((left, margin + CELL // 3), wrapped(words, draw, width - left - margin), "black", font(18))
     for number, result in enumerate(results):
         top = margin + CELL + text_height + number // columns * (CELL + text_height + margin)
         lines = [f"{result['score']:.3f}", printable(result["id"])]
@@ -80,11 +82,23 @@ def write_png(path: Path, gallery: Gallery, content: Sequence, results: Sequence
     sheet.save(path)
 
 
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "Arial.ttf", "segoeui.ttf")
+
+
+@functools.cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """One of the system's own that knows more letters than Pillow's, which has English ones alone."""
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, size)
+    return ImageFont.load_default(size)
+
+
 def shortened(text: str, draw: ImageDraw.ImageDraw) -> str:
     """The text's end, where it is too long for a cell: names differ there."""
-    if draw.textlength(text, font_size=13) <= CELL:
+    if draw.textlength(text, font=font(13)) <= CELL:
         return text
-    while text and draw.textlength("…" + text, font_size=13) > CELL:
+    while text and draw.textlength("…" + text, font=font(13)) > CELL:
         text = text[1:]
     return "…" + text
 
@@ -94,7 +108,7 @@ def wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font_size=18) > width and lines[-1]:
+        if draw.textlength(longer, font=font(18)) > width and lines[-1]:
             lines.append(word)
         else:
             lines[-1] = longer

@@ -21,19 +21,23 @@ def import_faiss():
     return faiss
 
 
+def empty(factory: str, size: int):
+    """An index of vectors of `size` numbers. Raises `GalleryError` if FAISS is missing or does not know the string."""
+    faiss = import_faiss()
+    try:
+        return faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise GalleryError(f"FAISS does not understand {factory!r} for {size} dimensions: {reason}") from error
+
+
 def build(factory: str, shards: list[torch.Tensor], sample: np.ndarray):
     """An index by its factory string over all rows of `shards` [n, D], numbered in order, trained on `sample` [m, D].
 
     Raises:
         GalleryError: if FAISS is missing, does not know the string, or has too few rows to train on.
     """
-    faiss = import_faiss()
-    size = sample.shape[1]
-    try:
-        index = faiss.index_factory(size, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise GalleryError(f"FAISS does not understand {factory!r} for {size} dimensions: {reason}") from error
+    index = empty(factory, sample.shape[1])
     if not index.is_trained:
         try:
             index.train(sample)

@@ -65,6 +65,8 @@ def _failures_as_sentences() -> Iterator[None]:
         raise ValueError("not a picture in any known format") from error
     except FileNotFoundError as error:
         raise ValueError("missing") from error
+    except urllib.error.URLError as error:
+        raise ValueError(f"cannot be fetched: {error}") from error
     except MemoryError as error:
         raise ValueError("too large for this machine's memory") from error
     except ValueError:
@@ -88,8 +90,11 @@ def _open(source: ImageSource) -> Image.Image:
         if not source:
             raise ValueError("empty")
         return _not_a_bomb(Image.open(io.BytesIO(source), formats=_formats()))
-    if os.path.isfile(source) and os.path.getsize(source) == 0:
-        raise ValueError("empty file")
+    if os.path.isfile(source):
+        if os.path.getsize(source) == 0:
+            raise ValueError("empty file")
+    elif os.path.exists(source):
+        raise ValueError("no regular file")  # opening a pipe would wait for ever
     return _not_a_bomb(Image.open(source, formats=_formats()))
 
 
@@ -194,7 +199,7 @@ class Selected(Sequence):
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
-    """Every file in `folder` and below that its name calls a picture, as sorted relative paths.
+    """Every file in `folder` and below that its name calls a picture, as sorted relative paths. Links are followed.
 
     Raises:
         ValueError: if the folder does not exist or holds none.
@@ -202,9 +207,16 @@ def list_images(folder: str | os.PathLike) -> list[str]:
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    found = sorted(
-        str(p.relative_to(root)) for p in root.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.is_dir()
-    )
+    found, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        place = os.path.realpath(folder)
+        if place in seen:  # a link to what was searched already, or a loop
+            folders.clear()
+            continue
+        seen.add(place)
+        pictures = [name for name in names if Path(name).suffix.lower() in EXTENSIONS]
+        found += [os.path.relpath(os.path.join(folder, name), root) for name in pictures]
+    found.sort()
     if not found:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(EXTENSIONS))})")
     return found

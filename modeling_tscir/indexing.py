@@ -102,6 +102,7 @@ class Chunk:
         self.items, self.content_of, self.processor = items, content_of, processor
         self.batch_size, self.pool, self.ahead = batch_size, pool, ahead
         self.rows: list[dict] = []
+        self.embeds: list[torch.Tensor] = []
         self.same: list[str] = []
         self.unreadable: list[dict[str, str]] = []
 
@@ -150,19 +151,18 @@ class Chunk:
 
 
 @torch.no_grad()
-def embed_chunk(chunk: Chunk, model, dtype: torch.dtype, bar: tqdm) -> torch.Tensor:
-    """Embeddings [rows, D] of a chunk, as they are stored."""
-    parts = [torch.empty(0, model.config.clip_config.projection_dim, dtype=dtype)]
+def embed_chunk(chunk: Chunk, model, dtype: torch.dtype, bar: tqdm) -> None:
+    """Embeddings of a chunk's rows, [<= batch_size, D] each, as they are stored."""
     for pixels in chunk.pixel_values():
         features = model.get_image_features(pixels.to(model.device, model.dtype))
-        parts.append(F.normalize(features.float(), dim=-1).to("cpu", dtype))
-        if not torch.isfinite(parts[-1]).all():  # such a row would stand before all others in every search
+        embeds = F.normalize(features.float(), dim=-1).to("cpu", dtype)
+        if not torch.isfinite(embeds).all():  # such a row would stand before all others in every search
             names = ", ".join(row["id"] for row in chunk.rows[-len(pixels) :][:3])
             raise GalleryError(
                 f"the model gives NaN or infinite values for pictures such as {names}; are its weights whole?"
             )
+        chunk.embeds.append(embeds)
         bar.update(len(pixels))
-    return torch.cat(parts)
 
 
 def add_images(
@@ -192,7 +192,7 @@ def add_images(
             `datasets` has it); metadata.csv, .jsonl or .parquet in the folder is found by itself.
         image_column, id_column (`str`): of a dataset; other columns become metadata. Without ids rows are numbered.
         batch_size (`int`): pictures a forward pass.
-        shard_size (`int`): pictures a shard: what an interruption may cost, and what memory holds.
+        shard_size (`int`): pictures a shard: what a kill may cost (Ctrl-C costs a batch), and what memory holds.
 
     Raises:
         GalleryError: if the folder holds no picture, metadata does not fit, or the disk is full.
@@ -417,12 +417,15 @@ def embed_todo(
         for start in starts:
             items = plan.todo[start : start + shard_size]
             chunk = Chunk(items, gallery.content, processor, batch_size, pool, batches_ahead(model))
-            embeds = embed_chunk(chunk, model, dtype, bar)
+            try:
+                embed_chunk(chunk, model, dtype, bar)
+            finally:  # what is done is kept where Ctrl-C comes between
+                if chunk.embeds:
+                    embeds = torch.cat(chunk.embeds)
+                    gallery.write_rows(first + start // shard_size, chunk.rows[: len(embeds)], embeds)
             same += chunk.same
             unreadable += chunk.unreadable
             bar.update(len(chunk.unreadable) + len(chunk.same))
-            if chunk.rows:
-                gallery.write_rows(first + start // shard_size, chunk.rows, embeds)
     return same, unreadable
 
 

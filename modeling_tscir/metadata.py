@@ -133,6 +133,8 @@ def conditions_of(where: Where | None, kinds: dict[str, str], gallery: str) -> l
     """
     found = []
     for item in where.items() if isinstance(where, Mapping) else where or ():
+        if isinstance(where, str) or isinstance(item, str) or len(item) not in (2, 3):
+            raise ValueError(f"condition {where!r}: write {{column: value}} or [(column, operator, value), ...]")
         column, operator, value = item if len(item) == 3 else (item[0], None, item[1])
         if operator is None:
             operator = "in" if isinstance(value, (list, set)) else "="

@@ -40,19 +40,23 @@ def small(gallery, name: str) -> Image.Image:
         raise gr.Error(f"{printable(name)} is no longer in the gallery.", print_exception=False) from error
 
 
-class Upload(gr.Image):
-    """A picture that a visitor uploads. Gradio's own would open whatever path a request names, and before our checks."""
+def upload(**options) -> gr.Image:
+    """A place for a visitor's picture, which gives the path of what was uploaded, undecoded.
 
-    is_template = True  # drawn as gr.Image is
+    Gradio's own way would open whatever path of this machine a request names, before we could look at it.
+    """
 
-    def preprocess(self, payload) -> str | None:
-        """The path of what was uploaded, undecoded. Raises `gr.Error` for any other path of this machine."""
+    def preprocess(payload) -> str | None:
         if payload is None:
             return None
         folder, path = os.path.realpath(get_upload_folder()), os.path.realpath(payload.path or "")
         if os.path.commonpath([folder, path]) != folder or not os.path.isfile(path):
             raise gr.Error("This picture was not uploaded here.", print_exception=False)
         return path
+
+    image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], **options)
+    image.preprocess = preprocess  # a class of our own would make Gradio write a file beside this one
+    return image
 
 
 def uploaded(path: str | None) -> Image.Image | None:
@@ -149,18 +153,12 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
         chosen, shown, steps = gr.State(None), gr.State([]), gr.State([])
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = Upload(
-                    label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260,
-                    elem_id="picture",
-                )  # fmt: skip
+                image = upload(label="Picture", height=260, elem_id="picture")
                 text = gr.Textbox(label="Change", placeholder="in red, with long sleeves", max_length=MAX_TEXT,
                                   elem_id="change")  # fmt: skip
                 go = gr.Button("Search", variant="primary", elem_id="search")
                 with gr.Accordion("More", open=False):
-                    second = Upload(
-                        label="Second picture: “… in the colour of …”", type="filepath", image_mode=None, height=180,
-                        sources=["upload", "clipboard"], elem_id="second",
-                    )  # fmt: skip
+                    second = upload(label="Second picture: “… in the colour of …”", height=180, elem_id="second")
                     weight = gr.Slider(-1, 1, 0, step=0.1, label="Towards the picture (-1) or the text (1)")
                     count = gr.Slider(1, MAX_RESULTS, 10, step=1, label="Results")
             with gr.Column(scale=3):

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,12 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if getattr(self.model.config, "model_type", None) != "tscir":
+            raise ValueError(
+                f"{self.model.name_or_path} is a {type(self.model).__name__}, no TSCIRModel; a plain CLIP answers by "
+                "ComposedImageRetrievalPipeline(model=TSCIRModel.from_clip_pretrained(NAME), "
+                "processor=TSCIRProcessor.from_clip_pretrained(NAME))"
+            )
         self.gallery_embeds: torch.Tensor | None = None
         self.gallery_ids: list[str | int] = []
         self.gallery_sources: Sequence[ImageSource] = []
@@ -62,7 +69,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
         if os.path.basename(os.path.dirname(str(self.model.name_or_path) + "/")) == "miniature_checkpoint":
             logger.warning(
                 "This is TSCIR's miniature model, which knows drawn pictures only; name another by "
-                'pipeline("composed-image-retrieval", model="folder, Hub name, or plain CLIP").'
+                'pipeline("composed-image-retrieval", model="folder or Hub name"), or a plain CLIP by '
+                "TSCIRModel.from_clip_pretrained."
             )
 
     def index(
@@ -164,6 +172,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
     def _sanitize_parameters(
         self, top_k: int | None = None, weight: float | None = None, adapter: str | None = None, **more
     ):
+        if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
+            raise ValueError(f"top_k is how many results a query has, at least 1, not {top_k!r}")
         given = {"top_k": top_k, **{k: more.pop(k, None) for k in ("return_images", "where", "exclude", "exact")}}
         unknown = {k for k in more if k not in ("trust_remote_code", "use_fast")}
         if unknown:
@@ -329,6 +339,13 @@ def as_content(query: dict, number: int) -> list[str | Picture]:
     """A query's texts and pictures in order. Raises `ValueError` if it has none, or is no query."""
     if not isinstance(query, dict):
         raise ValueError(f'query {number} is {query!r}; write {{"image": ..., "text": ...}} or {{"content": [...]}}')
+    known = {"content"} if query.get("content") is not None else {"image", "text", "content"}
+    unknown = [name for name, value in query.items() if name not in known and value is not None]
+    if unknown:
+        raise ValueError(
+            f"query {number} has {', '.join(map(repr, unknown))}; a query is an image and a text, or a content list; "
+            "top_k, weight and the like are given for the whole call"
+        )
     if query.get("content") is not None:
         if not isinstance(query["content"], (list, tuple)):
             raise ValueError(f"query {number}: content is a list of pictures and texts")
@@ -338,7 +355,7 @@ def as_content(query: dict, number: int) -> list[str | Picture]:
         given = ([] if picture is None else [{"image": picture}]) + ([] if text is None else [text])
     parts = [part if isinstance(part, str) else Picture(picture_of(part)) for part in given]
     pictures = [part.source for part in parts if isinstance(part, Picture)]
-    if any(picture is None for picture in pictures) or not (pictures or any(parts)):
+    if any(picture is None for picture in pictures) or not (pictures or any(part.strip() for part in parts)):
         raise ValueError(f"query {number} lacks its picture or text; it needs one of them at least")
     return parts
 
@@ -347,4 +364,6 @@ def picture_of(part):
     """The picture of {"image": picture} or of an earlier result, which may stand in another's place."""
     while isinstance(part, dict) and "image" in part:
         part = part["image"]
+    if isinstance(part, dict) and not {"bytes", "path"} & set(part):
+        raise ValueError(f"{part!r} has no picture; a result found with return_images=False is given by its file")
     return part

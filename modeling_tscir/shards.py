@@ -68,6 +68,7 @@ def write_shard(path: Path, table: pa.Table, embeds: torch.Tensor) -> None:
         part.mkdir(parents=True)
         write_stream(table, part / "rows.arrow")
         save_file({"embeds": embeds.contiguous()}, part / "embeds.safetensors")
+        shutil.copymode(part / "rows.arrow", part / "embeds.safetensors")  # safetensors lets its owner alone read it
         part.rename(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)

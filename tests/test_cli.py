@@ -3,9 +3,10 @@ import re
 
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from modeling_tscir import cli
+from modeling_tscir.contact_sheet import font
 
 
 @pytest.fixture
@@ -111,6 +112,8 @@ def test_an_index_and_its_recall(run, indexed, picture_folder):
     code, _, err = run("index", picture_folder, "-o", indexed, "--index", "Flat")
     assert code == 0 and re.search(r"index Flat: finds \d+\.\d% of the exact ten best", err)
     assert "index       Flat" in run("info", indexed)[1]
+    code, _, err = run("index", picture_folder, "-o", indexed, "--index", "NONSENSE")
+    assert code == 2 and "does not understand" in err and "index       Flat" in run("info", indexed)[1]
     code, _, err = run("index", picture_folder, "-o", indexed, "--index", "none")
     assert code == 0 and "index       " not in run("info", indexed)[1]
 
@@ -132,12 +135,26 @@ def test_an_index_and_its_recall(run, indexed, picture_folder):
         (["index", "{p}", "-o", "{g}x"], "name a model"),
         (["index", "{p}", "-o", "{g}x", "--model", "no/such-model"], "'no/such-model' cannot be found"),
         (["info", "{p}"], "holds no gallery"),
+        (["index", "{p}", "-o", "{g}", "--dtype", "float32"], "stores float16, not float32"),
     ],
 )
 def test_mistakes_are_one_sentence_each(run, indexed, picture_folder, model_dir, arguments, message):
     arguments = [a.format(g=indexed, p=picture_folder, m=model_dir) for a in arguments]
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and message in err and "Traceback" not in err
+
+
+def test_letters_of_other_languages_are_drawn():
+    if font(13).getname()[0] == ImageFont.load_default(13).getname()[0]:
+        pytest.skip("this system has none of the fonts")
+    assert len({bytes(font(13).getmask(letter)) for letter in "uüжλ"}) == 4
+
+
+def test_an_empty_gallery_is_not_searched(run, model_dir, tmp_path):
+    (tmp_path / "none").mkdir()
+    assert run("index", tmp_path / "none", "-o", tmp_path / "g", "--model", model_dir)[0] == 2
+    code, out, err = run("search", tmp_path / "g", "--text", "red")
+    assert code == 2 and out == "" and "holds no pictures" in err
 
 
 def test_strict_tells_by_its_exit_code(run, indexed, picture_folder):

@@ -43,6 +43,27 @@ def make(stage2, processor, picture_folder, tmp_path):
     return make
 
 
+def test_ctrl_c_keeps_the_batches_that_are_done(make, stage2, processor, picture_folder, tmp_path, monkeypatch):
+    """And others may read what is written, as far as they may read the rest of it."""
+    encode, calls = stage2.get_image_features, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(stage2, "get_image_features", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(batch_size=2)
+    gallery = Gallery(tmp_path / "gallery")
+    assert len(gallery) == 4
+    report = gallery.add(picture_folder, stage2, processor, batch_size=2, progress=False)
+    assert report.added == 2 and report.unchanged == 4 and len(gallery) == 6
+    modes = {path.stat().st_mode for path in gallery.folder.glob("shards/*/*")}
+    assert len(modes) == 1
+
+
 def noise(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 
@@ -308,6 +329,7 @@ def test_metadata_and_conditions(make, picture_folder, stage2, processor):
                            ({"price": ("<", "x")}, "cannot be compared"), ({"price": True}, "cannot be compared"),
                            ({"price": ("<", [3])}, "a list goes with in"), ({"colour": ("in", "red")}, "with a list"),
                            ({"price": (1, 2, 3)}, "write .operator, value."), ({"colour": None}, "cannot be compared"),
+                           ("colour=red", "write {column: value}"), (["colour=red"], "write {column: value}"),
                            ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             ids(where)

@@ -1,4 +1,6 @@
 import io
+import os
+import shutil
 import struct
 import zlib
 
@@ -126,6 +128,15 @@ def test_every_bad_file_is_named_with_its_reason(hostile, picture, tmp_path):
 
 def test_folders(picture_folder, tmp_path):
     assert list_images(picture_folder) == ["0.png", "2.png", "4.png", "below/1.png", "below/3.png", "below/5.png"]
+    (picture_folder / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (picture_folder / "below" / "loop").symlink_to(picture_folder, target_is_directory=True)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(picture_folder / "0.png", tmp_path / "elsewhere" / "7.png")
+    os.mkfifo(tmp_path / "elsewhere" / "pipe.jpg")
+    assert list_images(picture_folder)[-2:] == ["linked/7.png", "linked/pipe.jpg"]
+    assert len(list_images(picture_folder)) == 8
+    with pytest.raises(ValueError, match="no regular file"):
+        load_image(picture_folder / "linked/pipe.jpg")
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="no picture"):
         list_images(tmp_path / "none")

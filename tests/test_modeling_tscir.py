@@ -215,6 +215,10 @@ def test_another_backbone_is_refused(stage2, clip_dir, tmp_path):
     stage2.save_pretrained(tmp_path / "a", backbone="reference")
     with pytest.raises(ValueError, match="another backbone"):
         TSCIRModel.from_pretrained(tmp_path / "a")
+    stage2.save_pretrained(tmp_path / "whole", backbone="full")
+    TSCIRModel.from_pretrained(tmp_path / "whole", backbone=clip_dir)
+    with pytest.raises(ValueError, match="another backbone"):
+        TSCIRModel.from_pretrained(tmp_path / "whole", backbone=other)
     stage2.config.backbone_name_or_path = str(tmp_path / "gone")
     stage2.save_pretrained(tmp_path / "a", backbone="reference")
     with pytest.raises(ValueError, match="cannot be found"):

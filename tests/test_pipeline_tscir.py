@@ -114,13 +114,20 @@ def test_misuse_is_explained(cir, pictures):
         with pytest.raises(ValueError, match="query 0 lacks its picture or text"):
             cir(nothing)
     for odd, message in (("red", "query 0 is 'r'"), (["red"], "query 0 is 'red'"),
-                         ({"content": "red"}, "content is a list"), ({"image": 3.5}, "no picture")):  # fmt: skip
+                         ({"content": "red"}, "content is a list"), ({"image": 3.5}, "no picture"),
+                         ({"img": pictures[0], "text": "red"}, "query 0 has 'img'"),
+                         ({"text": "red", "weight": 1}, "query 0 has 'weight'"), ({"text": "  "}, "query 0 lacks"),
+                         ({"content": ["red"], "text": "red"}, "query 0 has 'text'"),
+                         ({"image": {"score": 1.0, "id": 3}}, "return_images=False")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             cir(odd)
     with pytest.raises(ValueError, match=r"nowhere\.png: missing"):
         cir(image="nowhere.png", text="red")
     with pytest.raises(ValueError, match="weight must be"):
         cir(text="red", weight=5)
+    for odd in ("5", 0, 2.5):
+        with pytest.raises(ValueError, match="top_k"):
+            cir(text="red", top_k=odd)
     with pytest.raises(ValueError, match="content= holds"):
         cir(image=pictures[0], content=[pictures[0], "red"])
     with pytest.raises(ValueError, match="where, exclude and exact need a gallery"):
@@ -132,6 +139,11 @@ def test_misuse_is_explained(cir, pictures):
     for nothing in ([], pictures[0]):
         with pytest.raises(ValueError, match="index takes"):
             cir.index(nothing)
+
+
+def test_a_plain_clip_model_is_refused_with_the_way_to_use_it(clip_dir):
+    with pytest.raises(ValueError, match="TSCIRModel.from_clip_pretrained"):
+        pipeline("composed-image-retrieval", model=str(clip_dir))
 
 
 def cosines(cir, **query) -> list[float]:
