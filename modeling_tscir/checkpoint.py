@@ -234,6 +234,8 @@ class CheckpointMixin:
         if backbone == "reference" and kwargs.get("is_main_process", True):
             (folder / FULL_NAMES[0]).unlink(missing_ok=True)
             save_file(delta, folder / DELTA_NAME, metadata={"format": "pt"})
+        for path in folder.glob("*.safetensors"):  # which safetensors lets its owner alone read
+            shutil.copymode(folder / "config.json", path)
 
     def push_to_hub(
         self,

@@ -84,7 +84,10 @@ def write_repository(
         )
     read = [read_results(path, model) for path in results]
     for picture, _ in examples:
-        load_image(picture)
+        try:
+            load_image(picture)
+        except ValueError as error:
+            raise ValueError(f"example picture {picture}: {error}") from error
     model.save_pretrained(folder, backbone=form)
     forget_local_paths(folder, known)
     if processor is not None:

@@ -180,6 +180,8 @@ def test_save_load_save_gives_the_same_tensors(stage, form, request, tmp_path, c
     model.save_pretrained(tmp_path / "a", backbone=form)
     loaded = TSCIRModel.from_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b", backbone=form)
+    # Who may read the configuration may read the weights.
+    assert len({path.stat().st_mode for path in (tmp_path / "b").iterdir() if path.is_file()}) == 1
     again = TSCIRModel.from_pretrained(tmp_path / "b")
     for other in (loaded, again, AutoModel.from_pretrained(tmp_path / "b")):
         state = other.state_dict()

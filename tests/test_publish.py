@@ -255,7 +255,7 @@ def test_local_names_stay_here(stage2, processor, picture_folder, tmp_path):
     assert card.data.datasets is None and len({entry["src"] for entry in card.data.to_dict()["widget"]}) == 2
     again = TSCIRModel.from_pretrained(tmp_path / "out")
     assert again.adapter_names == ["default", "again"]
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match="example picture .*: missing"):
         write_repository(tmp_path / "more", stage2, examples=[(str(tmp_path / "none.png"), "a")])
 
 
