@@ -199,23 +199,32 @@ class Selected(Sequence):
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:
-    """Every file in `folder` and below that its name calls a picture, as sorted relative paths. Links are followed.
+    """Every file in `folder` and below that its name calls a picture, as sorted relative paths.
+
+    Folders are followed through symbolic links, each once.
 
     Raises:
-        ValueError: if the folder does not exist or holds none.
+        ValueError: if the folder does not exist, one below cannot be read, or there is no picture.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{folder} is not a folder")
     found, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        place = os.path.realpath(folder)
-        if place in seen:  # a link to what was searched already, or a loop
-            folders.clear()
+    waiting, linked = [os.fspath(folder)], []
+    while waiting or linked:
+        place = waiting.pop() if waiting else linked.pop(0)  # links last, so that a folder goes by its own name
+        if os.path.realpath(place) in seen:
             continue
-        seen.add(place)
-        pictures = [name for name in names if Path(name).suffix.lower() in EXTENSIONS]
-        found += [os.path.relpath(os.path.join(folder, name), root) for name in pictures]
+        seen.add(os.path.realpath(place))
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+        for entry in entries:
+            if entry.is_dir():
+                (linked if entry.is_symlink() else waiting).append(entry.path)
+            elif Path(entry.name).suffix.lower() in EXTENSIONS:
+                found.append(os.path.relpath(entry.path, root))
     found.sort()
     if not found:
         raise ValueError(f"{folder} holds no picture ({', '.join(sorted(EXTENSIONS))})")

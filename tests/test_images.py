@@ -130,6 +130,7 @@ def test_folders(picture_folder, tmp_path):
     assert list_images(picture_folder) == ["0.png", "2.png", "4.png", "below/1.png", "below/3.png", "below/5.png"]
     (picture_folder / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (picture_folder / "below" / "loop").symlink_to(picture_folder, target_is_directory=True)
+    (picture_folder / "a-link").symlink_to(picture_folder / "below", target_is_directory=True)  # found by its own name
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(picture_folder / "0.png", tmp_path / "elsewhere" / "7.png")
     os.mkfifo(tmp_path / "elsewhere" / "pipe.jpg")
