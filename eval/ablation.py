@@ -106,11 +106,12 @@ class Runner:
     Args:
         output: holds worlds/, training data by seed, cache/, and a folder a training.
         results: receives a file of query values by run and seed.
-        flags: further arguments of every training, such as few steps.
+        flags: further arguments of every training, such as few steps; these lie in short/, apart from whole ones.
     """
 
     def __init__(self, output: Path, results: Path, jobs: int, flags: list[str]):
         self.output, self.results, self.flags = output, results, flags
+        self.trained = output / "short" if flags else output
         self.pool = ThreadPoolExecutor(jobs)
         self.env = os.environ | {
             "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)),
@@ -164,10 +165,10 @@ class Runner:
             given = run | {"triplets": str(triplets), "seed": seed}
             return self.once(result, lambda: self.evaluate(given, result, grid.measure))
         form = run["stage1"]
-        first = self.output / "stage1" / f"{slug(form)}-{seed}"
+        first = self.trained / "stage1" / f"{slug(form)}-{seed}"
         captions, clip = of_seed(self.output, seed) / "captions", clip_folder(self.output)
         trained = self.once(first, lambda: self.train(1, clip, captions, first, seed, grid.stage1[form]))
-        second = self.output / "stage2" / f"{slug(name)}-{seed}"
+        second = self.trained / "stage2" / f"{slug(name)}-{seed}"
 
         def work() -> None:
             trained.result()
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
     parser.add_argument("--runs", nargs="+", help="these of the configuration's alone, and the claims about them")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")
-    parser.add_argument("--max_steps", type=int, help="few, to see that everything works")
+    parser.add_argument("--max_steps", type=int, help="few, to see that everything works; kept apart, in short/")
     parser.add_argument("--evaluate", nargs=3, help=argparse.SUPPRESS)  # one model, in its own process
     args = parser.parse_args()
     args.output_dir = args.output_dir.resolve()
@@ -200,8 +201,10 @@ def main() -> None:
     whole = Grid.read(args.config)
     grid = whole.only(args.runs or list(whole.runs))
     seeds = args.seeds or grid.seeds
-    fingerprint = settle_clip(args.output_dir, results, args.clip)
     flags = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
+    if flags:
+        results = results / "short"
+    fingerprint = settle_clip(args.output_dir, results, args.clip)
     runner = Runner(args.output_dir, results, args.jobs, flags)
     files = {(name, seed): runner.result(name, seed) for seed in seeds for name in grid.runs}
     if not all(file.is_file() for file in files.values()):

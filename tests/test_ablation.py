@@ -127,10 +127,10 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
     run_all()
     trainings = [c for c in commands if "--evaluate" not in c]
     assert len(trainings) == 2 * (2 + 2) and len(commands) - len(trainings) == 6
-    second = next(c for c in trainings if c[c.index("--output_dir") + 1] == str(output / "stage2/other-1"))
+    second = next(c for c in trainings if c[c.index("--output_dir") + 1] == str(output / "short/stage2/other-1"))
     assert second[1] == "train/stage2.py" and second[second.index("--lora_rank") + 1] == "2"
     assert second[second.index("--seed") + 1] == "1"
-    assert second[second.index("--model_name_or_path") + 1] == str(output / "stage1/plain-1")
+    assert second[second.index("--model_name_or_path") + 1] == str(output / "short/stage1/plain-1")
     assert second[second.index("--dataset_name") + 1] == str(output / "training-1/triplets")
     run_all()
     assert commands == []
@@ -139,8 +139,8 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
     assert commands == []
     shutil.move(tmp_path / "lost", output)
     (results / "queries/whole-0.parquet").unlink()
-    (output / "stage2/whole-0/training_arguments.json").unlink()
-    (output / "stage2/whole-0/checkpoint-20").mkdir()
+    (output / "short/stage2/whole-0/training_arguments.json").unlink()
+    (output / "short/stage2/whole-0/checkpoint-20").mkdir()
     monkeypatch.setattr(Runner, "_call", lambda self, command, log: commands.append([str(c) for c in command]))
     run_all()
     assert len(commands) == 2 and commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
@@ -425,6 +425,6 @@ def test_a_small_grid_from_beginning_to_end(tmp_path, monkeypatch, capsys):
     flags = ["--config", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--max_steps", 2]
     monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, flags)])
     ablation.main()
-    assert "| adapters help |" in (tmp_path / "out/results/val/report.md").read_text("utf-8")
-    table = pd.read_csv(tmp_path / "out/results/val/table.csv")
+    assert "| adapters help |" in (tmp_path / "out/results/short/val/report.md").read_text("utf-8")
+    table = pd.read_csv(tmp_path / "out/results/short/val/table.csv")
     assert set(table["run"]) == {"alone", "TSCIR"} and table["queries"].min() > 4000

@@ -10,6 +10,7 @@ class Arguments:
     output_dir: str = field(default="", metadata={"help": "x"})
     learning_rate: float = field(default=0.1, metadata={"help": "x"})
     max_steps: int = field(default=5, metadata={"help": "x"})
+    mixed_precision: str = field(default="no", metadata={"help": "x"})
 
 
 @pytest.fixture
@@ -24,7 +25,9 @@ def parse(monkeypatch):
 def test_flags_override_the_recipe_and_the_recipe_the_defaults(parse, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("output_dir: here\nlearning_rate: 1.0e-3\nmax_steps: 7\n", "utf-8")
+    recipe.write_text(recipe.read_text("utf-8") + "mixed_precision: no\n", "utf-8")  # a truth value of YAML's
     args = parse("--config", recipe, "--max_steps", 9)
+    assert args.mixed_precision == "no"
     assert (args.output_dir, args.learning_rate, args.max_steps) == ("here", 0.001, 9)
 
 
@@ -35,6 +38,7 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(parse, tmp_path):
         ("learning_rate: 1\n", [], "missing: --output_dir"),
         ("output_dir: a\n", ["--max_step", "3"], "unrecognized arguments: --max_step"),
         ("output_dir: [\n", [], "recipe.yaml"),
+        ("output_dir: a\nmax_steps: 2.5\n", [], "invalid int value: '2.5'"),
     ],
 )
 def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
@@ -66,3 +70,9 @@ def test_errors_for_the_user_end_a_script_without_a_traceback():
         run_as_script(main)
     with pytest.raises(ValueError, match="--on_bad_image must be error or skip, not ignore"):
         DataArguments(on_bad_image="ignore")
+
+
+@pytest.mark.parametrize("change", [{"feature_batch_size": 0}, {"validation_rows": -3}])
+def test_numbers_of_rows_that_cannot_be_are_refused(change):
+    with pytest.raises(ValueError, match=f"--{next(iter(change))} must be at least"):
+        DataArguments(**change)

@@ -1,5 +1,6 @@
 import lincir_style
 import pytest
+import searle_style
 import torch
 from lincir_style import Captions, LincirObjective, masked
 
@@ -89,3 +90,11 @@ def launch_lincir(monkeypatch, data, clip_dir, tmp_path):
         return tmp_path / "out"
 
     return run
+
+
+@pytest.mark.parametrize("script", [lincir_style, searle_style])
+def test_rows_for_a_validation_that_there_is_not_are_refused(script, clip_dir, tmp_path, monkeypatch):
+    flags = ["--model_name_or_path", clip_dir, "--dataset_name", tmp_path, "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr("sys.argv", ["script", *map(str, flags), "--validation_rows", "5"])
+    with pytest.raises(ValueError, match="--validation_rows"):
+        script.main()

@@ -79,6 +79,10 @@ class DataArguments:
     on_bad_image: str = field(default="error", metadata={"help": "error, or skip: go on without unreadable rows."})
 
     def __post_init__(self):
+        for name in ("feature_batch_size", "validation_rows"):
+            least = int(name == "feature_batch_size")
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if self.on_bad_image not in ("error", "skip"):
             raise ValueError(f"--on_bad_image must be error or skip, not {self.on_bad_image}")
 
@@ -101,7 +105,11 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
         known = {f.name for c in classes for f in fields(c)}
         if unknown := sorted(set(recipe) - known):
             parser.error(f"{config} has unknown keys: {', '.join(unknown)}; known are: {', '.join(sorted(known))}")
-        parser.set_defaults(**recipe)
+        if recipe.get("mixed_precision") is False:
+            recipe["mixed_precision"] = "no"  # which YAML takes for a truth value
+        # As text, so that values are checked as flags are.
+        numbers = {k: str(v) for k, v in recipe.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        parser.set_defaults(**recipe | numbers)
     values = vars(parser.parse_args())
     if missing := [name for name in required if not values[name]]:
         parser.error("missing: " + ", ".join(f"--{name}" for name in missing))

@@ -102,8 +102,15 @@ class LincirObjective(Objective):
         return {"loss": (2 - 2 * similarity).mean(), "caption_similarity": similarity.mean()}
 
 
-def plain_start(clip: str, num_pseudo_words: int) -> tuple[TSCIRModel, TSCIRProcessor, TSCIRProcessor]:
-    """A model whose mapper will be a plain MLP, its processor, and one whose prompts have no words of their own."""
+def plain_start(data: DataArguments, num_pseudo_words: int) -> tuple[TSCIRModel, TSCIRProcessor, TSCIRProcessor]:
+    """A model whose mapper will be a plain MLP, its processor, and one whose prompts have no words of their own.
+
+    Raises:
+        ValueError: for `validation_rows`, which these baselines hold out none of.
+    """
+    if data.validation_rows:
+        raise ValueError("--validation_rows is for train/stage1.py and stage2.py; this baseline is not validated")
+    clip = data.model_name_or_path
     choices = {"num_pseudo_words": num_pseudo_words, "num_injection_blocks": 0, "soft_alignment_weight": 0.0}
     model = TSCIRModel.from_clip_pretrained(clip, **choices)
     processor = TSCIRProcessor.from_clip_pretrained(clip, num_pseudo_words)
@@ -123,7 +130,7 @@ def main() -> None:
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
     accelerator: Accelerator = make_accelerator(loop)
-    model, processor, bare = plain_start(data.model_name_or_path, args.num_pseudo_words)
+    model, processor, bare = plain_start(data, args.num_pseudo_words)
     rows, skipped = load_rows(data, {args.caption_column: "the caption"}, images=[])
     model.add_mapper()
     model.to(accelerator.device)

@@ -137,7 +137,7 @@ def main() -> None:
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
     accelerator: Accelerator = make_accelerator(loop)
-    model, processor, bare = plain_start(data.model_name_or_path, args.num_pseudo_words)
+    model, processor, bare = plain_start(data, args.num_pseudo_words)
     columns = {args.image_column: "the picture", args.caption_column: "its caption"}
     rows, skipped = load_rows(data, columns, images=[args.image_column])
     rows = rows.shuffle(seed=loop.seed).select(range(min(args.inverted_images, len(rows))))
