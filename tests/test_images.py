@@ -113,6 +113,8 @@ def test_every_bad_file_is_named_with_its_reason(hostile, picture, tmp_path):
         assert hostile[name] in reason
         with pytest.raises(ValueError, match=hostile[name]):
             load_image(str(tmp_path / name))
+    with pytest.raises(ValueError, match="cannot be fetched"):
+        load_image("http://127.0.0.1:9/closed.png")
     with pytest.raises(ValueError, match="no picture given"):
         load_image({"bytes": None, "path": None})
     with pytest.raises(BadImagesError) as caught:

@@ -242,6 +242,8 @@ def test_mined_negatives_are_the_nearest_wrong_targets(data, stage2, processor):
     for column in ("reference", "target"):
         rows = rows.cast_column(column, ImageFeature(decode=False))
     dataset = stage2_script.Stage2Data(rows, stage2, processor, DataArguments(), stage2_script.Stage2Arguments())
+    with pytest.raises(ValueError, match="--hard_negative_refresh 0"):
+        Miner(dataset, stage2, refresh=0)
     miner = Miner(dataset, stage2, refresh=1, batch_size=5)
     assert miner.negatives(torch.tensor([0])) == {}
     targets = dataset.target_embeds
