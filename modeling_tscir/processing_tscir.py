@@ -1,6 +1,7 @@
 """TSCIRProcessor: images and texts to model inputs, with places for pseudo-words that no user's text can forge."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from PIL import Image
@@ -141,11 +142,21 @@ class TSCIRProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=None if return_tensors is None else return_tensors)
 
     def pixel_values(self, images: list[ImageSource]) -> torch.Tensor:
-        """Pictures as the vision tower reads them, [B, 3, H, W]. Raises `ValueError` for one that cannot be read."""
-        pictures = [load_named(image) for image in images]
+        """Pictures as the vision tower reads them, [B, 3, H, W], several in threads.
+
+        Raises:
+            ValueError: for one that cannot be read.
+        """
+        if len(images) == 1:
+            return self._pixels(images[0])
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding leaves the interpreter's lock alone
+            return torch.cat(list(pool.map(self._pixels, images)))
+
+    def _pixels(self, image: ImageSource) -> torch.Tensor:
+        picture = load_named(image)
         if self.padded_aspect_ratio is not None:
-            pictures = [pad_to_aspect_ratio(picture, self.padded_aspect_ratio) for picture in pictures]
-        return self.image_processor(pictures, return_tensors="pt").pixel_values
+            picture = pad_to_aspect_ratio(picture, self.padded_aspect_ratio)
+        return self.image_processor([picture], return_tensors="pt").pixel_values  # [1, 3, H, W]
 
     def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Plain texts: input_ids and attention_mask [B, L], L the longest of the batch, at most 77."""

@@ -11,6 +11,7 @@ class Arguments:
     learning_rate: float = field(default=0.1, metadata={"help": "x"})
     max_steps: int = field(default=5, metadata={"help": "x"})
     mixed_precision: str = field(default="no", metadata={"help": "x"})
+    targets: list[str] | None = field(default=None, metadata={"help": "x"})
 
 
 @pytest.fixture
@@ -39,6 +40,11 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(parse, tmp_path):
         ("output_dir: a\n", ["--max_step", "3"], "unrecognized arguments: --max_step"),
         ("output_dir: [\n", [], "recipe.yaml"),
         ("output_dir: a\nmax_steps: 2.5\n", [], "invalid int value: '2.5'"),
+        ("output_dir: a\nmax_steps:\n", [], "max_steps has no value"),
+        ("output_dir: a\nmax_steps: [1, 2]\n", [], "max_steps takes one value, not [1, 2]"),
+        ("output_dir: a\nmax_steps: {a: 1}\n", [], "max_steps takes one value"),
+        ("output_dir: a\ntargets: q_proj\n", [], "targets takes a list, not 'q_proj'"),
+        ("- output_dir\n", [], "holds no arguments"),
     ],
 )
 def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
@@ -55,6 +61,8 @@ def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
         ({"logging_steps": 0}, "--logging_steps must be at least 1, not 0"),
         ({"eval_steps": 0}, "--eval_steps must be at least 1"),
         ({"gradient_cache_chunk": -2}, "--gradient_cache_chunk must be at least 0"),
+        ({"max_steps": 0}, "--max_steps must be at least 1, or -1 for --num_train_epochs, not 0"),
+        ({"num_train_epochs": 0}, "--num_train_epochs must be at least 1, not 0"),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(change, message):

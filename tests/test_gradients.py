@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import randomised
-from gradients import backward, gather_with_gradient
+from gradients import backward, gather_with_gradient, hold_frozen_in_bf16
 from stage1 import Stage1Objective
 
 
@@ -47,6 +49,34 @@ def test_cached_gradients_are_those_of_the_whole_batch(objective, batch, chunk):
     assert found.keys() == expected.keys() and len(found) > 10
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_frozen_matrices_in_bf16_change_no_bit_under_autocast(stage1, processor, batch, monkeypatch, stage):
+    monkeypatch.setattr("gradients.bf16_is_fast", lambda device: True)
+    if stage == 2:
+        stage1.add_adapters()
+        randomised(stage1.trainable_parameters().values(), 2)
+    trained = stage1.trainable_parameters()
+    stage1.clip.text_model.set_attn_implementation("eager")  # as it will be
+    prompt = processor.compose(["red", "that c", "b red", "", "a", "that", "red", "a", "b red", "c"])
+    words = stage1.get_pseudo_words(batch["image_embeds"], batch["patch_states"].float()).detach()
+
+    def run() -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16):
+            pixels = torch.linspace(-1, 1, 2 * 3 * 32 * 32).view(2, 3, 32, 32)
+            seen, patches = stage1.encode_image(pixels)
+            read = words if stage == 2 else stage1.get_pseudo_words(seen, patches)[[0, 1] * 5]
+            queries = stage1.encode_with_pseudo_words(prompt["input_ids"], prompt["pseudo_mask"], read).float()
+        gradients = torch.autograd.grad(queries.sin().sum(), list(trained.values()))
+        return seen, patches, queries, *gradients
+
+    before = run()
+    hold_frozen_in_bf16(stage1, SimpleNamespace(mixed_precision="bf16", device=stage1.device))
+    held = {n for n, p in stage1.named_parameters() if p.dtype == torch.bfloat16}
+    assert "clip.vision_model.encoder.layers.0.mlp.fc1.weight" in held and not held & set(trained)
+    after = run()
+    assert len(before) > 20 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 def test_dropout_is_the_same_in_both_passes_of_cached_gradients(objective, batch):

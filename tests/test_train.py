@@ -144,10 +144,19 @@ def test_a_new_run_does_not_begin_among_an_old_ones_checkpoints(launch, clip_dir
     launch(stage1_script, clip_dir, tmp_path, "--max_steps", 5, "--save_steps", 4)
     with pytest.raises(ValueError, match=r"holds checkpoint-4 of an earlier run: go on with it by --resume"):
         launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3)
-    with pytest.raises(ValueError, match=r"checkpoint-4 is at step 4, beyond the 3 steps"):
-        launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3, "--resume_from_checkpoint", "latest")
+    again = ["--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match=r"run with other arguments: --max_steps was 5, not 3; give those"):
+        launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3, *again)
+    with pytest.raises(ValueError, match=r"other arguments: --learning_rate was 0.001, not 0.1"):
+        launch(stage1_script, clip_dir, tmp_path, "--max_steps", 5, "--learning_rate", 0.1, *again)
     with pytest.raises(ValueError, match="holds other tensors than this run trains"):
         launch(stage1_script, clip_dir, tmp_path, "--resume_from_checkpoint", "latest", "--num_pseudo_words", 2)
+
+
+def test_a_column_that_was_named_and_is_not_there_is_an_error(launch, stage1_folder, tmp_path):
+    for flag in ("--reference_id_column", "--target_id_column"):
+        with pytest.raises(ValueError, match=rf"{flag} picture: .* has no such column; it has \['modification'"):
+            launch(stage2_script, stage1_folder, tmp_path, flag, "picture")
 
 
 def test_checkpoints_hold_no_frozen_tensor_and_are_limited(launch, clip_dir, tmp_path):

@@ -60,6 +60,8 @@ def test_the_best_weights_are_kept(launch, clip_dir, stage1, processor, tmp_path
     kept, wanted = (load_file(f / "tscir_delta.safetensors") for f in (tmp_path / "out/best", folder))
     assert all(torch.equal(kept[k], wanted[k]) for k in wanted)
     assert TSCIRModel.from_pretrained(tmp_path / "out/best").config.stage == stage
+    record = json.loads((tmp_path / "out/best/training_arguments.json").read_text("utf-8"))
+    assert record["validation_rows"] == 8 and record["learning_rate"] == 0.05 and record["versions"]
     # How often it is looked at changes nothing; and a run that goes on knows what was best before.
     flags[flags.index("--eval_steps") + 1] = 3
     assert all(torch.equal(last[k], v) for k, v in launch(script, start, tmp_path / "b", *flags).items())

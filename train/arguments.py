@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import get_args, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -51,6 +52,10 @@ class LoopArguments:
                             ("dataloader_num_workers", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"--max_steps must be at least 1, or -1 for --num_train_epochs, not {self.max_steps}")
+        if self.max_steps == -1 and self.num_train_epochs < 1:
+            raise ValueError(f"--num_train_epochs must be at least 1, not {self.num_train_epochs}")
 
 
 @dataclass
@@ -87,6 +92,10 @@ class DataArguments:
             raise ValueError(f"--on_bad_image must be error or skip, not {self.on_bad_image}")
 
 
+def _is_list(kind: type) -> bool:
+    return any(get_origin(one) is list for one in (kind, *get_args(kind)))
+
+
 def parse_arguments(*classes: type, description: str, required: tuple[str, ...] = ()) -> tuple:
     """One dataclass instance each, from `--config recipe.yaml` overridden by flags.
 
@@ -102,11 +111,19 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
             recipe = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
         except (OSError, yaml.YAMLError) as error:
             parser.error(f"--config {config}: {error}")
+        if not isinstance(recipe, dict):
+            parser.error(f"--config {config}: holds no arguments, each a key with its value")
         known = {f.name for c in classes for f in fields(c)}
         if unknown := sorted(set(recipe) - known):
             parser.error(f"{config} has unknown keys: {', '.join(unknown)}; known are: {', '.join(sorted(known))}")
         if recipe.get("mixed_precision") is False:
             recipe["mixed_precision"] = "no"  # which YAML takes for a truth value
+        lists = {f.name for c in classes for f in fields(c) if _is_list(f.type)}
+        for name, value in recipe.items():
+            if value is None:
+                parser.error(f"{config}: {name} has no value")
+            if isinstance(value, dict) or (isinstance(value, list) != (name in lists)):
+                parser.error(f"{config}: {name} takes {'a list' if name in lists else 'one value'}, not {value!r}")
         # As text, so that values are checked as flags are.
         numbers = {k: str(v) for k, v in recipe.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         parser.set_defaults(**recipe | numbers)

@@ -58,8 +58,10 @@ def _said_if_full(output_dir: str, what: str, aside: Path) -> Iterator[None]:
         ) from error
 
 
-def save_best(output_dir: str, model: TSCIRModel, processor: TSCIRProcessor, validation: dict) -> None:
-    """Write model, processor and `validation.json` to `best/`, aside first, then moved into place.
+@contextlib.contextmanager
+def save_best(output_dir: str, model: TSCIRModel, processor: TSCIRProcessor, validation: dict) -> Iterator[Path]:
+    """Write model, processor and `validation.json`, and what the caller adds to the folder it is given, to `best/`:
+    aside first, then moved into place.
 
     Raises:
         SystemExit: as `save_checkpoint`.
@@ -70,6 +72,7 @@ def save_best(output_dir: str, model: TSCIRModel, processor: TSCIRProcessor, val
         model.save_pretrained(aside, backbone="reference")
         processor.save_pretrained(aside)
         (aside / "validation.json").write_text(json.dumps(validation, indent=2), encoding="utf-8")
+        yield aside
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
@@ -117,9 +120,12 @@ def refuse_used_folder(output_dir: str) -> None:
 
 
 def find_checkpoint(output_dir: str, wanted: str) -> Path:
+    """The folder of a checkpoint, or of the newest one. Raises `ValueError` where there is none."""
     if wanted != "latest":
-        if not Path(wanted).is_dir():
-            raise ValueError(f"no checkpoint at {wanted}")
+        if not Path(wanted, DELTA_NAME).is_file() or not list(Path(wanted).glob("random_states_*")):
+            within = list_checkpoints(wanted)
+            hint = f"; the newest below it is {within[-1]}" if within else ""
+            raise ValueError(f"--resume_from_checkpoint {wanted} is no checkpoint{hint}")
         return Path(wanted)
     found = list_checkpoints(output_dir)
     if not found:

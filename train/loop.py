@@ -22,7 +22,7 @@ from checkpoints import (
     save_best,
     save_checkpoint,
 )
-from gradients import Objective, backward
+from gradients import Objective, backward, hold_frozen_in_bf16
 from rows import RowBatches
 from stream import StreamBatches
 from tqdm.auto import tqdm
@@ -34,10 +34,22 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.publishing import versions
 
 
-class Progress:
-    """Optimizer steps done, the best validation so far and time spent, kept in checkpoints."""
+# What may change when a run goes on: it decides neither rows, nor steps, nor what is trained.
+FREE_TO_CHANGE = {
+    "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "report_to", "dataloader_num_workers", "feature_cache_gb", "feature_cache_dir", "feature_batch_size",
+}  # fmt: skip
 
-    def __init__(self):
+
+class Progress:
+    """Optimizer steps done, the best validation so far and time spent, kept in checkpoints.
+
+    Args:
+        settings: the run's arguments; a checkpoint of others is refused.
+    """
+
+    def __init__(self, settings: dict):
+        self.settings = {k: v for k, v in settings.items() if k not in FREE_TO_CHANGE}
         self.step, self.best = 0, 0.0
         self.begun, self.before = time.perf_counter(), 0.0
 
@@ -47,9 +59,15 @@ class Progress:
         return self.before + time.perf_counter() - self.begun
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "best": self.best, "seconds": self.seconds}
+        return {"step": self.step, "best": self.best, "seconds": self.seconds, "settings": self.settings}
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises `ValueError` for a checkpoint of other arguments, as its schedule and order of rows are those."""
+        before, missing = state.get("settings", self.settings), object()
+        changed = [k for k in self.settings if before.get(k, missing) != self.settings[k]]
+        if changed:
+            told = ", ".join(f"--{k} was {before.get(k)}, not {self.settings[k]}" for k in changed)
+            raise ValueError(f"the checkpoint is of a run with other arguments: {told}; give those, or begin anew")
         self.step, self.best, self.before = state["step"], state["best"], state.get("seconds", 0.0)
 
 
@@ -100,6 +118,7 @@ def train(
         checkpointed: further objects with `state_dict` and `load_state_dict`.
     """
     trained = model.trainable_parameters()
+    hold_frozen_in_bf16(model, accelerator)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": args.weight_decay},
@@ -113,7 +132,11 @@ def train(
     total = args.max_steps if args.max_steps > 0 else batches.steps_an_epoch * args.num_train_epochs
     warmup = int(args.warmup_steps * total) if args.warmup_steps < 1 else int(args.warmup_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total)
-    progress = Progress()
+    settings = record | vars(args)
+    for name in ("model_name_or_path", "dataset_name"):
+        if any(glob.iglob(settings[name])):  # of this machine, not a name on the Hub
+            settings[name] = os.path.abspath(settings[name])
+    progress = Progress(settings)
     accelerator.register_for_checkpointing(scheduler, progress, batches, *checkpointed)
     keep_only_trained_tensors(accelerator, model, trained)
     if args.report_to != "none":
@@ -121,8 +144,6 @@ def train(
     if args.resume_from_checkpoint:
         folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         accelerator.load_state(str(folder))
-        if progress.step > total:
-            raise ValueError(f"{folder} is at step {progress.step}, beyond the {total} steps of this run")
         accelerator.print(f"resumed from {folder} at step {progress.step}")
     interrupted = Interrupt()
     bar = tqdm(
@@ -134,7 +155,8 @@ def train(
     stream = batches.from_step(progress.step)
     while progress.step < total and not interrupted:
         if before_step is not None and micro_step == 0:
-            log.add(before_step(progress.step) or {})
+            with accelerator.autocast():
+                log.add(before_step(progress.step) or {})
         # Keyed by place, so that dropout is the same in a run that was interrupted.
         place = progress.step * args.gradient_accumulation_steps + micro_step
         seed = (args.seed * 1_000_003 + place) * 4099 + accelerator.process_index
@@ -153,11 +175,13 @@ def train(
         progress.step += 1
         log.step(progress.step, scheduler.get_last_lr()[0])
         if validation is not None and (progress.step % args.eval_steps == 0 or progress.step == total):
-            values = validation()
+            with accelerator.autocast():
+                values = validation()
             log.write(progress.step, values)
             if values["validation_mrr"] > progress.best:
                 progress.best = values["validation_mrr"]
-                save_best(args.output_dir, model, processor, {"step": progress.step, **values})
+                with save_best(args.output_dir, model, processor, {"step": progress.step, **values}) as folder:
+                    write_record(folder, settings, accelerator, progress)
         if args.save_steps and progress.step % args.save_steps == 0 and progress.step < total:
             save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
     stream.close()  # its workers end
@@ -167,23 +191,25 @@ def train(
         folder = save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
         accelerator.print(f"interrupted at step {progress.step}; go on with --resume_from_checkpoint {folder}")
         sys.exit(130)
-    skipped = batches.skipped_images()
+    skipped = batches.skipped_images()  # which all processes must ask for
     model.eval()
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir, backbone="reference")
         processor.save_pretrained(args.output_dir)
-        settings = record | vars(args) | {"num_processes": accelerator.num_processes, "skipped_images": skipped}
-        settings |= {"hours": progress.seconds / 3600, "hardware": hardware(accelerator), "versions": versions()}
-        settings |= previous_stage(settings["model_name_or_path"])
-        for name in ("model_name_or_path", "dataset_name"):
-            if any(glob.iglob(settings[name])):  # of this machine, not a name on the Hub
-                settings[name] = os.path.abspath(settings[name])
-        Path(args.output_dir, "training_arguments.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        write_record(Path(args.output_dir), settings | {"skipped_images": skipped}, accelerator, progress)
     # The process group must not be freed by DDP's destructor, which holds the interpreter's lock while gloo's threads
     # wait for it: a run that had ended would hang.
     del objective, optimizer
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def write_record(folder: Path, settings: dict, accelerator: Accelerator, progress: Progress) -> None:
+    """`training_arguments.json`: everything that somebody needs to train the same again, and a card to tell of it."""
+    record = settings | {"num_processes": accelerator.num_processes}
+    record |= {"hours": progress.seconds / 3600, "hardware": hardware(accelerator), "versions": versions()}
+    record |= previous_stage(settings["model_name_or_path"])
+    (folder / "training_arguments.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def hardware(accelerator: Accelerator) -> str:

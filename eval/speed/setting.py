@@ -64,6 +64,10 @@ class Setting:
     def clip(self) -> Path:
         return self.folder / self.shape.replace("/", "-")
 
+    def clip_in(self, dtype: str) -> Path:
+        """The same CLIP, its weights stored in a precision, so that they are mapped from their file as they are."""
+        return self.clip if dtype == "float32" else self.clip.with_name(f"{self.clip.name}-{dtype}")
+
     @property
     def photos(self) -> list[str]:
         every = sorted(str(path) for path in (self.folder / "photos").iterdir())
@@ -83,7 +87,8 @@ class Setting:
     def model(self, stage: int, dtype: str | None = None) -> tuple[TSCIRModel, TSCIRProcessor]:
         """At a stage of training, all of it of random weights."""
         torch.manual_seed(0)
-        model = TSCIRModel.from_clip_pretrained(self.clip, dtype=getattr(torch, dtype or self.dtype))
+        dtype = dtype or self.dtype
+        model = TSCIRModel.from_clip_pretrained(self.clip_in(dtype), dtype=getattr(torch, dtype))
         if stage:
             model.add_mapper()
         if stage == 2:
@@ -99,12 +104,14 @@ def write_inputs(folder: Path, shapes: list[str], photos: int) -> None:
     """CLIPs of random weights with the miniature's tokenizer, of which WORDS are a token each, and JPEG files."""
     miniature = ROOT / "modeling_tscir/miniature_clip"
     for shape in shapes:
-        setting = Setting(folder, shape, "float32")
         torch.manual_seed(0)
-        CLIPModel(with_ids_of(miniature, SHAPES[shape])).save_pretrained(setting.clip)
-        CLIPImageProcessorPil().save_pretrained(setting.clip)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(miniature / name, setting.clip)
+        model = CLIPModel(with_ids_of(miniature, SHAPES[shape]))
+        for dtype in ("float32", "bfloat16"):
+            clip = Setting(folder, shape, dtype).clip_in(dtype)
+            model.to(getattr(torch, dtype)).save_pretrained(clip)
+            CLIPImageProcessorPil().save_pretrained(clip)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(miniature / name, clip)
     rng = np.random.default_rng(0)
     (folder / "photos").mkdir(parents=True)
     for number in range(photos):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from gradients import backward
+from gradients import backward, hold_frozen_in_bf16
 from harness import rank
 from mining import Miner
 from peers import FineTuningStep, Levers, LincirStep, Peer, Pic2WordStep, ranked
@@ -141,6 +141,7 @@ class Step:
     def __init__(self, objective, model: TSCIRModel, batch: dict[str, torch.Tensor], accelerator: Accelerator):
         self.batch, self.accelerator = batch, accelerator
         self.trained = list(model.trainable_parameters().values())
+        hold_frozen_in_bf16(model, accelerator)
         optimizer = torch.optim.AdamW(self.trained, lr=1e-3, fused=True)
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         model.train()
