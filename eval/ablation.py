@@ -41,7 +41,8 @@ METHODS = {
 class Grid:
     """What a YAML file says: seeds, forms of stage I, runs, and claims about pairs of runs.
 
-    Forms and runs are arguments of train/stage1.py and stage2.py; a form may name another `script`. A claim names two
+    Forms and runs are arguments of train/stage1.py and stage2.py; a form may name another `script`, and a run may be
+    evaluated with a `residual`. A claim names two
     runs, the better one first, and may add one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or
     one of the measure's metrics, of which it is then alone.
     `measure`, one of MEASURES, is what runs are compared by.
@@ -67,10 +68,15 @@ class Grid:
                 allowed = {name: METHODS[name] for name in MEASURES[grid.measure].methods}
                 if run["method"] not in allowed or set(run) - allowed[run["method"]] - {"method"}:
                     raise ValueError(f"{path}, run {name!r}: methods and what they may have are {allowed}")
-            elif set(run) - {"stage1", "stage2", "triplets"} or run.get("stage1") not in grid.stage1:
+            elif set(run) - {"stage1", "stage2", "triplets", "residual"} or run.get("stage1") not in grid.stage1:
                 raise ValueError(
-                    f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2 and triplets"
+                    f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2, triplets "
+                    "and residual"
                 )
+            elif "residual" in run and grid.measure != "retrieval":
+                raise ValueError(f"{path}, run {name!r}: residual is for measure retrieval, not {grid.measure}")
+            elif not isinstance(run.get("residual", 0), (int, float)):
+                raise ValueError(f"{path}, run {name!r}: residual is a number, not {run['residual']!r}")
             try:
                 mixture_of(run)
             except (TypeError, ValueError) as error:
@@ -82,6 +88,14 @@ class Grid:
                 known = (*NOVELTIES, *MEASURES[grid.measure].shown)
                 raise ValueError(f"{path}, claim {claim!r}: {pair[2]!r} is none of {known}")
         return grid
+
+    def trained_as(self, run: dict) -> str:
+        """The first run with the same training, whatever it is evaluated with."""
+
+        def training(one: dict) -> dict:
+            return {k: v for k, v in one.items() if k != "residual"}
+
+        return next(name for name, other in self.runs.items() if training(other) == training(run))
 
     def only(self, runs: list[str]) -> "Grid":
         """The grid of these runs, and of the claims about them. Raises `ValueError` for runs that it does not have."""
@@ -168,13 +182,17 @@ class Runner:
         first = self.trained / "stage1" / f"{slug(form)}-{seed}"
         captions, clip = of_seed(self.output, seed) / "captions", clip_folder(self.output)
         trained = self.once(first, lambda: self.train(1, clip, captions, first, seed, grid.stage1[form]))
-        second = self.trained / "stage2" / f"{slug(name)}-{seed}"
+        owner = grid.trained_as(run)
+        second = self.trained / "stage2" / f"{slug(owner)}-{seed}"
+        # A run that shares another's training waits until that one is done.
+        before = trained if owner == name else self.run(owner, grid.runs[owner], grid, seed)
 
         def work() -> None:
-            trained.result()
+            trained.result(), before.result()
             if "stage2" in run:
                 self.train(2, first, triplets, second, seed, run["stage2"] or {})
-            self.evaluate({"model": str(second if "stage2" in run else first)}, result, grid.measure)
+            told = {k: v for k, v in run.items() if k == "residual"}
+            self.evaluate(told | {"model": str(second if "stage2" in run else first)}, result, grid.measure)
 
         return self.once(result, work)
 

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,19 @@ def first_existing(candidates: Sequence[Path], what: str) -> Path:
             return path
     looked = ", ".join(str(path) for path in candidates)
     raise ValueError(f"{what} not found; looked for {looked}. docs/benchmarks.md says where it is had")
+
+
+def load_each(categories: Iterable[str], load: Callable[[str], Any]) -> dict[str, Any]:
+    """What `load` gives for every category, or one `ValueError` that names what any of them misses."""
+    loaded, problems = {}, []
+    for category in categories:
+        try:
+            loaded[category] = load(category)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return loaded
 
 
 def read_json(path: Path) -> Any:

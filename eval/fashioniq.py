@@ -10,9 +10,10 @@ and targets of its queries alone, which gives higher figures. The two captions a
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
-from annotations import field, find_pictures, first_existing, index_of, lookup, read_json, read_records
+from annotations import field, find_pictures, first_existing, index_of, load_each, lookup, read_json, read_records
 from harness import Benchmark, main
 from results import recalls_by_category
 from splits import Ranked, Split
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> dict[str, Split]:
     """Read all three categories, in SEARLE's layout (captions/), Pic2Word's (json/), or with a folder a category."""
-    return {category: load_category(args, category) for category in CATEGORIES}
+    return load_each(CATEGORIES, partial(load_category, args))
 
 
 def load_category(args: argparse.Namespace, category: str) -> Split:

@@ -10,9 +10,10 @@ Visual Genome and pad it to a square. Equal scores count against the method, whe
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from annotations import field, find_pictures, first_existing, read_records
+from annotations import field, find_pictures, first_existing, load_each, read_records
 from harness import Benchmark, main
 from PIL import Image
 from results import recalls_by_category
@@ -58,7 +59,7 @@ def cut_out(image: Image.Image, box: Sequence[float]) -> Image.Image:
 
 def load(args: argparse.Namespace) -> dict[str, Split]:
     """Read all four tasks."""
-    return {task: load_task(args, task) for task in TASKS}
+    return load_each(TASKS, partial(load_task, args))
 
 
 def load_task(args: argparse.Namespace, task: str) -> Split:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 import sys
@@ -80,6 +81,12 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="sum and slerp: the text's share, 0 to 1 (0.5); tscir: -1 to 1 moves queries to the picture or text (0)",
     )
+    parser.add_argument(
+        "--residual",
+        type=float,
+        default=0.0,
+        help="tscir: how much of what pseudo-words leave out of their picture is added to queries (0)",
+    )
     parser.add_argument("--prompt_template", help='of composed queries; "a photo of {image} that {text}" by default')
     parser.add_argument(
         "--preprocessing",
@@ -124,6 +131,10 @@ def require_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         lowest = -1 if args.method == "tscir" else 0
         if not lowest <= args.weight <= 1:
             parser.error(f"--weight of --method {args.method} is from {lowest} to 1, not {args.weight}")
+    if not math.isfinite(args.residual):
+        parser.error(f"--residual must be a number, not {args.residual}")
+    if args.residual and args.method != "tscir":
+        parser.error(f"--residual has no part in --method {args.method}")
     if not args.check_data and (args.model_name_or_path is None or args.output_dir is None):
         parser.error("--model_name_or_path and --output_dir are needed (but for --check_data)")
 
@@ -215,16 +226,18 @@ def compose(
     weight: float | None = None,
     batch_size: int = 64,
     encoded: tuple[torch.Tensor, torch.Tensor] | None = None,
+    residual: float = 0.0,
 ) -> torch.Tensor:
     """Query embeddings [Q, D], L2-normalised, by one of METHODS; several wordings of a query are averaged.
 
-    `encoded` is for `embed_queries`: of the split's distinct references, where it is known already.
+    `residual` and `encoded`, of the split's distinct references, where it is known already, are for `embed_queries`.
     """
     flat = [text for wordings in split.texts for text in wordings]
     owner = torch.tensor([q for q, wordings in enumerate(split.texts) for _ in wordings])
     references = torch.tensor(split.references)[owner]
     if method == "tscir":
-        told = {"batch_size": batch_size, "weight": weight or 0.0, "progress": "queries", "encoded": encoded}
+        told = {"batch_size": batch_size, "progress": "queries", "encoded": encoded}
+        told |= {"weight": weight or 0.0, "residual": residual}
         queries = embed_queries(model, processor, split.sources, references.tolist(), flat, **told)
     else:
         texts = embed_texts(model, processor, flat, batch_size) if method != "image" else None
@@ -282,7 +295,8 @@ def run(
     ranked = {}
     for category, split in splits.items():
         image_embeds = embed_pictures(model, processor, split, args)
-        queries = compose(method, model, processor, split, image_embeds, weight, args.batch_size)
+        told = {"batch_size": args.batch_size, "residual": args.residual}
+        queries = compose(method, model, processor, split, image_embeds, weight, **told)
         ranked[category] = rank(split, queries, image_embeds, args.device)
     public = all(split.truths is not None for split in splits.values())
     results: dict[str, object] = dict(benchmark.metrics(splits, ranked)) if public else {}
@@ -309,6 +323,7 @@ def describe_run(
         "prompt_template": processor.prompt_template,
         "preprocessing": preprocessing_of(processor),
         "dtype": args.dtype,
+        "residual": args.residual,
     }
     return {
         "protocol": protocol,
@@ -323,7 +338,7 @@ def describe_run(
 def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, float | None]:
     """The method and weight that a run uses, where the model or nothing said which."""
     if args.method == "tscir" and model.config.stage == 0:
-        if args.weight is not None:
+        if args.weight is not None or args.residual:
             raise ValueError("this is a plain CLIP without a mapper; name a training-free method, as --method slerp")
         logger.warning("A plain CLIP without a mapper: answering training-free, by --method slerp.")
         return "slerp", model.config.training_free_weight

@@ -105,6 +105,8 @@ def table(results: dict[str, object]) -> str:
 def notes(results: dict[str, object]) -> list[str]:
     """A sentence for everything that makes these figures other than the published benchmark's."""
     lines = []
+    if residual := results["protocol"].get("residual"):
+        lines.append(f"Note: queries have {residual:g} of what pseudo-words leave out of their pictures (--residual).")
     for name, published in results["published_counts"].items():
         if not published["same"]:
             expected = f"{published['queries']} queries, {published['gallery_images']} pictures"

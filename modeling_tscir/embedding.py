@@ -131,11 +131,13 @@ def embed_queries(
     weight: float = 0.0,
     progress: bool | str = False,
     encoded: tuple[torch.Tensor, torch.Tensor | None] | None = None,
+    residual: float = 0.0,
 ) -> torch.Tensor:
     """Composed queries [len(texts), D], L2-normalised, fp32, on the CPU.
 
     Text i changes the picture `sources[references[i]]`. A picture is encoded once, however many texts change it, and
-    not at all if none does. Texts of like length share a batch. `encoded` is what `embed_references` gives for the
+    not at all if none does. Texts of like length share a batch. `weight` and `residual` are
+    `TSCIRModel.get_composed_features`'s. `encoded` is what `embed_references` gives for the
     distinct references, in ascending order, where it is known already.
     """
     unique = sorted(set(references))
@@ -153,7 +155,9 @@ def embed_queries(
         inputs["image_embeds"] = image_embeds[index].to(model.device, model.dtype)
         if words is not None:
             inputs["pseudo_words"] = words[index].to(model.device, model.dtype)
-        queries[torch.tensor(batch)] = model.get_composed_features(**inputs, weight=weight).float().cpu()
+        queries[torch.tensor(batch)] = (
+            model.get_composed_features(**inputs, weight=weight, residual=residual).float().cpu()
+        )
     return queries
 
 

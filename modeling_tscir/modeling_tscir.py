@@ -241,6 +241,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         patch_states: torch.Tensor | None = None,
         pseudo_words: torch.Tensor | None = None,
         weight: float = 0.0,
+        residual: float = 0.0,
         image_counts: list[int] | None = None,
         adapter: str | None = None,
     ) -> torch.Tensor:
@@ -254,6 +255,9 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
                 where there is no mapper or `weight` > 0.
             weight (`float`): -1 to 1. Moves the query along the great circle towards the reference image (negative)
                 or the modification text (positive). 0, the default, leaves it.
+            residual (`float`): how much of what pseudo-words leave out of their picture, v(x) - q(x), is added to the
+                query; 0, the default, nothing. Comes before `weight`, and is for queries of one reference, whose
+                prompt up to it, "a photo of S*", gives q(x).
             image_counts (`list[int]`, *optional*): how many references each query has, where it is not one each. What
                 is given of references then has a row for each of them, in order; for `weight`, and without a mapper,
                 a query's reference is the mean of its references.
@@ -269,6 +273,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         if pixel_values is not None:
             image_embeds, pseudo_words = self.encode_reference(pixel_values)
         trained = self.mapper is not None
+        if residual and not trained:
+            raise ValueError("residual is what pseudo-words leave out of a picture; a plain CLIP has none")
         if trained and pseudo_words is None and image_embeds is not None:
             pseudo_words = self.get_pseudo_words(image_embeds, patch_states)
         if image_counts is not None and image_embeds is not None:
@@ -290,9 +296,25 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         if input_ids is None or pseudo_mask is None:
             raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
         query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words, adapter=adapter)
+        if residual:
+            single = image_counts is None or all(count == 1 for count in image_counts)
+            if image_embeds is None or not single:
+                raise ValueError("residual needs the image_embeds or pixel_values of one reference a query")
+            missed = image_embeds - self._picture_alone(input_ids, pseudo_mask, pseudo_words)
+            query = F.normalize(query + residual * missed, dim=-1)
         if weight < 0:
             return slerp(query, image_embeds, -weight)
         return slerp(query, text_embeds, weight) if weight > 0 else query
+
+    def _picture_alone(
+        self, input_ids: torch.Tensor, pseudo_mask: torch.Tensor, pseudo_words: torch.Tensor
+    ) -> torch.Tensor:
+        """q(x) [B, D]: prompts up to and with their pseudo-words, through the frozen text tower."""
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        ends = 1 + (pseudo_mask * places).amax(-1, keepdim=True)  # [B, 1]; EOS goes there
+        longest = int(ends.max()) + 1
+        ids = input_ids.where(places < ends, self.config.text_eos_token_id)[:, :longest]
+        return self.encode_with_pseudo_words(ids, pseudo_mask[:, :longest], pseudo_words, adapters=False)
 
     def forward(
         self,

@@ -128,6 +128,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
             inputs: instead of these, {"image", "text"} (or one of both) or {"content"}, or a list of such queries.
             top_k (`int`): results a query; 10 unless given.
             weight (`float`): -1 to 1, towards the picture (negative) or the text (positive), where a query has both.
+            residual (`float`): how much of what the pseudo-words leave out of a query's picture is added to the query,
+                where it is a picture and then a text.
             adapter (`str`): the composing adapter for these queries, of those that the model has.
             return_images (`bool`): False leaves "image" out, which spares the decoding of what is found.
             where, exclude, exact: of a [`Gallery`]: conditions on its metadata, ids to leave out, and whether to leave
@@ -161,25 +163,34 @@ class ComposedImageRetrievalPipeline(Pipeline):
         """Upload model, processor and card; arguments are those of `TSCIRModel.push_to_hub`."""
         return self.model.push_to_hub(repo_id, processor=self.processor, **kwargs)
 
-    def embed(self, inputs=None, *, image=None, text=None, content=None, weight: float = 0.0) -> torch.Tensor:
+    def embed(
+        self, inputs=None, *, image=None, text=None, content=None, weight: float = 0.0, residual: float = 0.0
+    ) -> torch.Tensor:
         """L2-normalised embeddings [Q, D] of queries, fp32, on the CPU; arguments as in a search."""
         queries, _ = as_queries(inputs, image, text, content)
         if not queries:
             raise ValueError("there is no query to embed")
-        outputs = self.run_single(queries, {}, {"weight": weight}, {"embeds_only": True})
+        outputs = self.run_single(queries, {}, {"weight": weight, "residual": residual}, {"embeds_only": True})
         return outputs.cpu()
 
     def _sanitize_parameters(
-        self, top_k: int | None = None, weight: float | None = None, adapter: str | None = None, **more
+        self,
+        top_k: int | None = None,
+        weight: float | None = None,
+        residual: float | None = None,
+        adapter: str | None = None,
+        **more,
     ):
         if top_k is not None and (not isinstance(top_k, Integral) or top_k < 1):
             raise ValueError(f"top_k is how many results a query has, at least 1, not {top_k!r}")
         given = {"top_k": top_k, **{k: more.pop(k, None) for k in ("return_images", "where", "exclude", "exact")}}
         unknown = {k for k in more if k not in ("trust_remote_code", "use_fast")}
         if unknown:
-            known = "image, text, content, top_k, weight, adapter, return_images, where, exclude, exact, batch_size"
+            known = "image, text, content, top_k, weight, residual, adapter, return_images, where, exclude, exact"
+            known += ", batch_size"
             raise TypeError(f"unknown arguments {sorted(unknown)}; known are {known}")
-        composing = {k: v for k, v in (("weight", weight), ("adapter", adapter)) if v is not None}
+        composing = {"weight": weight, "residual": residual, "adapter": adapter}
+        composing = {k: v for k, v in composing.items() if v is not None}
         return {}, composing, {k: v for k, v in given.items() if v is not None}
 
     def preprocess(self, queries: list[list]) -> dict:
@@ -199,10 +210,13 @@ class ComposedImageRetrievalPipeline(Pipeline):
         composed = [q for q, kind in zip(queries, kinds, strict=True) if kind == "composed"]
         if composed:
             contents = [[part if isinstance(part, str) else None for part in query] for query in composed]
+            inputs["text_first"] = any(content[0] is not None for content in contents)
             inputs["prompts"] = self.processor.compose_contents(contents)
         return inputs
 
-    def _forward(self, inputs: dict, weight: float = 0.0, adapter: str | None = None) -> dict[str, torch.Tensor]:
+    def _forward(
+        self, inputs: dict, weight: float = 0.0, residual: float = 0.0, adapter: str | None = None
+    ) -> dict[str, torch.Tensor]:
         if adapter is not None:
             self.model.known_adapter(adapter)
         kinds, counts = inputs["kinds"], inputs["image_counts"]
@@ -220,6 +234,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
             queries[of_kind["text"]] = F.normalize(features.float(), dim=-1)
         if not -1 <= weight <= 1:
             raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
+        if residual and inputs.get("text_first"):
+            raise ValueError("residual is for queries of a picture and then a text, not for a text before a picture")
         if of_kind["composed"]:
             queries[of_kind["composed"]] = self.model.get_composed_features(
                 **inputs["prompts"],
@@ -228,6 +244,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 image_embeds=embeds[composed],
                 pseudo_words=None if words is None else words[composed],
                 weight=weight,
+                residual=residual,
                 image_counts=[counts[i] for i in of_kind["composed"]],
                 adapter=adapter,
             ).float()

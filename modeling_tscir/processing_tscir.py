@@ -147,10 +147,15 @@ class TSCIRProcessor(ProcessorMixin):
         Raises:
             ValueError: for one that cannot be read.
         """
-        if len(images) == 1:
-            return self._pixels(images[0])
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # decoding leaves the interpreter's lock alone
-            return torch.cat(list(pool.map(self._pixels, images)))
+        distinct = {id(image): image for image in images}  # two threads must not load one picture
+        threads = min(len(distinct), torch.get_num_threads())  # one in a worker process
+        if threads == 1:
+            pixels = list(map(self._pixels, distinct.values()))
+        else:
+            with ThreadPoolExecutor(threads) as pool:  # decoding leaves the interpreter's lock alone
+                pixels = list(pool.map(self._pixels, distinct.values()))
+        pixels_of = dict(zip(distinct, pixels, strict=True))
+        return torch.cat([pixels_of[id(image)] for image in images])
 
     def _pixels(self, image: ImageSource) -> torch.Tensor:
         picture = load_named(image)

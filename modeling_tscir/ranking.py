@@ -60,7 +60,8 @@ def rank_gallery(
     blocks = []
     for start in range(0, len(query_embeds), block_size):
         rows = slice(start, start + block_size)
-        scores = (query_embeds[rows].to(gallery_embeds.dtype) @ gallery_embeds.T).float()  # [block, N]
+        with full_precision(gallery_embeds):
+            scores = (query_embeds[rows].to(gallery_embeds.dtype) @ gallery_embeds.T).float()  # [block, N]
         if not torch.isfinite(scores.sum()):  # cosines do not overflow, and one NaN or infinity makes the sum one
             raise ValueError("gallery embeddings hold NaN or infinite values")
         if exclude is not None:
@@ -110,12 +111,13 @@ def rank_candidates(
     places = _padded(candidates, -1).to(gallery_embeds.device)  # [Q, C]
     absent = places < 0
     block_size = max(1, SCORES_AT_A_TIME // (max(1, places.shape[1]) * gallery_embeds.shape[1]))
-    scores = torch.cat(
-        [
-            torch.einsum("qcd,qd->qc", gallery_embeds[picked], queries.to(gallery_embeds.dtype)).float()
-            for picked, queries in zip(places.split(block_size), query_embeds.split(block_size), strict=True)
-        ]
-    )
+    with full_precision(gallery_embeds):
+        scores = torch.cat(
+            [
+                torch.einsum("qcd,qd->qc", gallery_embeds[picked], queries.to(gallery_embeds.dtype)).float()
+                for picked, queries in zip(places.split(block_size), query_embeds.split(block_size), strict=True)
+            ]
+        )
     if not torch.isfinite(scores).all():
         raise ValueError("embeddings of queries or candidates hold NaN or infinite values")
     scores = scores.masked_fill(absent, -torch.inf)
@@ -130,6 +132,11 @@ def rank_candidates(
         ranks = _ranks_of(scores, columns)
     best, order = _best(scores, places.shape[1])
     return Ranking(best, places.gather(1, order), ranks)
+
+
+def full_precision(embeds: torch.Tensor) -> torch.autocast:
+    """Products in the embeddings' own precision, in the middle of training too: autocast's is too coarse for ranks."""
+    return torch.autocast(embeds.device.type, enabled=False)
 
 
 def _best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

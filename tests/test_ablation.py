@@ -33,7 +33,18 @@ from modeling_tscir.embedding import embed_images
 
 @pytest.mark.parametrize(
     "name",
-    ["components", "alternatives", "number", "quality", "baselines", "readout", "forgetting", "tasks", "choices"],
+    [
+        "components",
+        "alternatives",
+        "number",
+        "quality",
+        "baselines",
+        "readout",
+        "forgetting",
+        "tasks",
+        "choices",
+        "residual",
+    ],
 )
 def test_the_stored_grids_are_understood(name):
     grid = Grid.read(ROOT / f"eval/ablation/{name}.yaml")
@@ -77,6 +88,7 @@ def test_mixtures_are_of_the_number_and_quality_asked_for(tmp_path):
         ({"measure": "tasks", "runs": {"a": {"method": "sum", "weight": 0.5}}}, r"methods .* have are \{\}"),
         ({"measure": "taste"}, "measure is one of retrieval, readout, forgetting, tasks, not 'taste'"),
         ({"claims": {"c": ["a", "a", "b"]}}, r"claim 'c': 'b' is none of"),
+        ({"measure": "tasks", "runs": {"a": {"stage1": "full", "residual": 1}}}, "residual is for measure retrieval"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, change, message):
@@ -144,6 +156,25 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
     monkeypatch.setattr(Runner, "_call", lambda self, command, log: commands.append([str(c) for c in command]))
     run_all()
     assert len(commands) == 2 and commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+def test_runs_that_are_evaluated_otherwise_share_a_training(tmp_path, monkeypatch):
+    trained, evaluated = [], []
+    monkeypatch.setattr(Runner, "train", lambda self, stage, *args: trained.append(args[2]))
+    monkeypatch.setattr(Runner, "evaluate", lambda self, run, result, measure: evaluated.append((result.stem, run)))
+    runs = {"alone": {"stage1": "full"}, "whole": {"stage1": "full", "stage2": {}},
+            "more": {"stage1": "full", "stage2": {}, "residual": 0.5}}  # fmt: skip
+    grid = Grid(seeds=[0], stage1={"full": {}}, runs=runs, claims={})
+    runner = Runner(tmp_path, tmp_path / "results", 1, [])
+    for done in [runner.run(name, run, grid, 0) for name, run in runs.items()]:
+        done.result()
+    first, second = tmp_path / "stage1/full-0", tmp_path / "stage2/whole-0"
+    assert trained == [first, second, second]  # where nothing is left to do for the second time
+    assert evaluated == [
+        ("alone-0", {"model": str(first)}),
+        ("whole-0", {"model": str(second)}),
+        ("more-0", {"residual": 0.5, "model": str(second)}),
+    ]
 
 
 def test_another_clip_has_folders_of_its_own(tmp_path, clip_dir, monkeypatch):

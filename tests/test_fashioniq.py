@@ -88,6 +88,13 @@ def test_what_is_wrong_is_named(folder):
         load(folder)
 
 
+def test_what_any_category_misses_is_named_at_once(folder):
+    (folder / "captions/cap.dress.val.json").unlink()
+    (folder / "image_splits/split.toptee.val.json").unlink()
+    with pytest.raises(ValueError, match=r"(?s)val captions of dress not found.*split\.toptee\.val\.json is missing"):
+        load(folder)
+
+
 def test_the_test_split_has_rankings_and_no_metrics(folder, run_script, model_dir):
     flags = ["--model_name_or_path", model_dir, "--data_dir", folder, "--split", "test"]
     results, rankings = run_script(fashioniq.FASHIONIQ, *flags)

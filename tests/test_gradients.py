@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import randomised
 from gradients import backward, gather_with_gradient, hold_frozen_in_bf16
+from peft import LoraConfig, inject_adapter_in_model
 from stage1 import Stage1Objective
 
 
@@ -56,6 +57,7 @@ def test_frozen_matrices_in_bf16_change_no_bit_under_autocast(stage1, processor,
     monkeypatch.setattr("gradients.bf16_is_fast", lambda device: True)
     if stage == 2:
         stage1.add_adapters()
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["fc1"]), stage1.clip.text_model, "other")
         randomised(stage1.trainable_parameters().values(), 2)
     trained = stage1.trainable_parameters()
     stage1.clip.text_model.set_attn_implementation("eager")  # as it will be
@@ -74,7 +76,8 @@ def test_frozen_matrices_in_bf16_change_no_bit_under_autocast(stage1, processor,
     before = run()
     hold_frozen_in_bf16(stage1, SimpleNamespace(mixed_precision="bf16", device=stage1.device))
     held = {n for n, p in stage1.named_parameters() if p.dtype == torch.bfloat16}
-    assert "clip.vision_model.encoder.layers.0.mlp.fc1.weight" in held and not held & set(trained)
+    assert "clip.vision_model.encoder.layers.0.mlp.fc1.weight" in held
+    assert not held & set(trained) and not any(".lora_" in name for name in held)  # another adapter's, which is frozen
     after = run()
     assert len(before) > 20 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 

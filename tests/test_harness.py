@@ -103,6 +103,7 @@ def test_what_is_needed_is_asked_for(folder, monkeypatch, capsys, model_dir):
         (["--weight", "nan"], "from -1 to 1, not nan"),
         (["--method", "sum", "--weight", "-0.5"], "from 0 to 1, not -0.5"),
         (["--method", "image", "--weight", "0.5"], "--weight has no part in --method image"),
+        (["--method", "sum", "--residual", "0.5"], "--residual has no part in --method sum"),
     ):
         with pytest.raises(SystemExit):
             parse_arguments(circo.CIRCO, [*flags, *wrong])
@@ -125,6 +126,7 @@ def test_what_was_used_is_what_is_recorded(folder, run_script, model_dir, clip_d
     assert "circo has not the published numbers" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="name a training-free method"):
         run_script(circo.CIRCO, *flags, clip_dir, "--weight", "0.5")
+    assert run_script(circo.CIRCO, *flags, model_dir, "--residual", "1")[0]["protocol"]["residual"] == 1
 
 
 def test_features_that_cannot_be_kept_are_not_lost(tmp_path):
@@ -137,7 +139,12 @@ def test_composed_queries_equal_the_models_own(folder, stage2, processor, pictur
     queries = compose("tscir", stage2, processor, split, torch.empty(0))
     with torch.no_grad():
         expected = stage2.get_composed_features(**processor(images=[split.sources[0]] * 2, text=["is red"] * 2))
+        more = stage2.get_composed_features(
+            **processor(images=[split.sources[0]] * 2, text=["is red"] * 2), residual=0.5
+        )
     torch.testing.assert_close(queries, expected, atol=1e-5, rtol=0)
+    added = compose("tscir", stage2, processor, split, torch.empty(0), residual=0.5)
+    torch.testing.assert_close(added, more, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="unknown method"):
         compose("product", stage2, processor, split, queries[:1].repeat(6, 1))
     with pytest.raises(ValueError, match="between 0 and 1, not 2"):

@@ -141,6 +141,19 @@ def test_weight_moves_a_query_to_its_image_or_its_text(stage2, composed, process
         stage2.get_composed_features(**composed, weight=1.5)
 
 
+@torch.no_grad()
+def test_the_residual_is_what_pseudo_words_leave_out_of_their_picture(stage2, composed, processor):
+    query, image = stage2.get_composed_features(**composed), stage2.encode_image(composed["pixel_values"])[0]
+    alone, words = processor.compose([""] * len(TEXTS)), stage2.encode_reference(composed["pixel_values"])[1]
+    sentence = stage2.encode_with_pseudo_words(alone["input_ids"], alone["pseudo_mask"], words, adapters=False)
+    expected = torch.nn.functional.normalize(query + 0.7 * (image - sentence), dim=-1)
+    torch.testing.assert_close(stage2.get_composed_features(**composed, residual=0.7), expected)
+    moved = stage2.get_composed_features(**composed, residual=0.7, weight=-0.3)
+    torch.testing.assert_close(moved, slerp(expected, image, 0.3))
+    with pytest.raises(ValueError, match="of one reference a query"):
+        stage2.get_composed_features(**composed, residual=0.7, image_counts=[2, *[1] * (len(TEXTS) - 2)])
+
+
 def test_slerp_keeps_length_and_angle():
     a, b = torch.tensor([[1.0, 0]]), torch.tensor([[0, 1.0]])
     torch.testing.assert_close(slerp(a, b, 1 / 3), torch.tensor([[3**0.5 / 2, 0.5]]))
@@ -148,6 +161,8 @@ def test_slerp_keeps_length_and_angle():
 
 
 def test_missing_inputs_are_named(stage0, stage1, processor, pictures):
+    with pytest.raises(ValueError, match="a plain CLIP has none"):
+        stage0.get_composed_features(**processor(images=pictures[0], text="red"), residual=1.0)
     with pytest.raises(ValueError, match="pixel_values"):
         stage1.get_composed_features(input_ids=torch.ones(1, 4).long())
     with pytest.raises(ValueError, match="pseudo_mask"):

@@ -36,6 +36,11 @@ def test_results_are_cosines_best_first(cir, stage2, processor, pictures):
     assert [r["id"] for r in results] == order[:4].tolist()
     assert [r["score"] for r in results] == pytest.approx(scores[:4].tolist(), abs=1e-5)
     assert all(r["image"].tobytes() == pictures[r["id"]].tobytes() for r in results)
+    with torch.no_grad():
+        more = stage2.get_composed_features(**processor(images=pictures[0], text="red"), residual=2.0)
+    assert cir(image=pictures[0], text="red", residual=2.0)[0]["score"] == pytest.approx(
+        float((more @ gallery.T).max()), abs=1e-5
+    )
     bare = cir(image=pictures[0], text="red", top_k=4, return_images=False)
     assert bare == [{"score": r["score"], "id": r["id"]} for r in results]
 
@@ -123,6 +128,8 @@ def test_misuse_is_explained(cir, pictures):
             cir(odd)
     with pytest.raises(ValueError, match=r"nowhere\.png: missing"):
         cir(image="nowhere.png", text="red")
+    with pytest.raises(ValueError, match="a picture and then a text, not for a text before"):
+        cir(content=["red", pictures[0]], residual=1.0)
     with pytest.raises(ValueError, match="weight must be"):
         cir(text="red", weight=5)
     for odd in ("5", 0, 2.5):

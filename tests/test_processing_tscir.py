@@ -4,11 +4,23 @@ import logging
 import pytest
 import torch
 from conftest import DATA_DIR, needs_data
+from PIL import Image
 from real_input import real_tokenizer
 from transformers import CLIPImageProcessorPil
 from transformers.utils import logging as transformers_logging
 
-from modeling_tscir import TSCIRProcessor
+from modeling_tscir import TSCIRProcessor, processing_tscir
+
+
+def test_a_picture_that_is_given_twice_is_decoded_once(processor, pictures, tmp_path, monkeypatch):
+    """As two threads must not load one file."""
+    pictures[0].resize((900, 900)).save(tmp_path / "a.png")
+    loaded, load = [], processing_tscir.load_image
+    monkeypatch.setattr(processing_tscir, "load_image", lambda image: loaded.append(image) or load(image))
+    with Image.open(tmp_path / "a.png") as lazy:
+        pixels = processor.pixel_values([lazy, pictures[1], lazy, lazy])
+    assert len(loaded) == 2 and torch.equal(pixels[0], pixels[2]) and torch.equal(pixels[2], pixels[3])
+    assert torch.equal(pixels[1:2], processor.pixel_values(pictures[1:2])) and not torch.equal(pixels[0], pixels[1])
 
 
 def test_shapes_and_padding_to_the_longest(processor, pictures):

@@ -17,6 +17,18 @@ def reference(queries, gallery, k, exclude):
     return torch.tensor(rows)
 
 
+def test_scores_are_exact_in_the_middle_of_training_in_bf16():
+    generator = torch.Generator().manual_seed(0)
+    queries, gallery = (F.normalize(torch.randn(n, 24, generator=generator), dim=-1) for n in (6, 50))
+    truths, candidates = [[i] for i in range(6)], [[0, 1, 2, 3, 4, 5]] * 6
+    expected = rank_gallery(queries, gallery, 9, truths), rank_candidates(queries, gallery, candidates, truths)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (queries @ gallery.T).dtype == torch.bfloat16
+        found = rank_gallery(queries, gallery, 9, truths), rank_candidates(queries, gallery, candidates, truths)
+    for a, b in zip(expected, found, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 @pytest.mark.parametrize("scores_at_a_time", [1, 100, 10_000])
 @pytest.mark.parametrize("k", [1, 4, 40])
 def test_equals_a_full_sort_with_ties_and_exclusions(k, scores_at_a_time):

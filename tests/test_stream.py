@@ -241,7 +241,7 @@ def test_mistakes_are_named(launch, clip_dir, shards, tmp_path):
             stage1_script, clip_dir, tmp_path, *flags, "--dataloader_num_workers", 2,
             "--resume_from_checkpoint", "latest",
         )  # fmt: skip
-    with pytest.raises(ValueError, match="seed 0 before and 1 now"):
+    with pytest.raises(ValueError, match="other arguments: seed was 0, not 1"):
         launch(stage1_script, clip_dir, tmp_path, *flags, "--seed", 1, "--resume_from_checkpoint", "latest")
     rows = load_stream(DataArguments(dataset_name=str(shards / "tar" / "00000.tar")), {"png": ""}, ["png"])
     with pytest.raises(ValueError, match="one shard alone"):

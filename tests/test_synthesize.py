@@ -92,10 +92,31 @@ def test_texts_written_by_a_language_model(data, tmp_path, server, capsys):  # n
 
 
 def test_what_is_missing_is_named(data, tmp_path):
-    with pytest.raises(SystemExit, match="lacks column 'text'"):
+    with pytest.raises(SystemExit, match=r"lacks columns \['text \(the caption\)'\]"):
         run(data, tmp_path / "out", "--caption_column", "text")
+    with pytest.raises(SystemExit, match="--id_column picture: .* has no such column"):
+        run(data, tmp_path / "out", "--id_column", "picture")
     with pytest.raises(SystemExit, match="neither pictures"):
         run(data, tmp_path / "out", "--image_column", "x")
+
+
+def test_rows_without_a_caption_are_named_or_left_out(data, tmp_path):
+    rows = load_dataset(str(data), split="train")
+    texts = [*CAPTIONS[:1], None, *CAPTIONS[2:4], "  ", *CAPTIONS[5:]]
+    rows.remove_columns("caption").add_column("caption", texts).to_parquet(tmp_path / "holes/train.parquet")
+    with pytest.raises(SystemExit, match=r"(?s)2 of 6 .*row 1: no text in column caption.*row 4: no text"):
+        run(tmp_path / "holes", tmp_path / "a")
+    kept = run(tmp_path / "holes", tmp_path / "b", "--on_bad_image", "skip")
+    assert {*kept["reference_id"], *kept["target_id"]} == {"0", "2", "3", "5"}
+
+
+def test_an_endpoint_that_never_answers_is_named(data, tmp_path, monkeypatch):
+    flags = ["--quality", "high", "--language_model", "m", "--endpoint", "http://127.0.0.1:9/v1", "--attempts", 1]
+    with pytest.raises(SystemExit, match=r"m wrote nothing usable for \d+ pairs: .*Connection refused"):
+        run(data, tmp_path / "a", *flags)
+    monkeypatch.setattr("language_model.HOPELESS", 3)
+    with pytest.raises(SystemExit, match=r"m did not answer for 3 pairs in a row, .*Connection refused.* goes on"):
+        run(data, tmp_path / "b", *flags)
 
 
 @needs_data

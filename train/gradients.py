@@ -126,8 +126,8 @@ def hold_frozen_in_bf16(model: TSCIRModel, accelerator: Accelerator) -> None:
     """
     if accelerator.mixed_precision != "bf16" or not bf16_is_fast(accelerator.device):
         return
-    for module in model.clip.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not any(p.requires_grad for p in module.parameters()):
+    for name, module in model.clip.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name:  # trained, or another adapter's
             module.to(torch.bfloat16)
     if model.device.type == "cpu":
         model.clip.text_model.set_attn_implementation("eager")

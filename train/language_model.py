@@ -24,6 +24,7 @@ Somebody looks at the first picture and wants the second. Write what they would 
 what to change, without describing what stays the same, and without the words "picture", "image" or "caption".
 Answer with JSON alone: {{"modification": "..."}}"""
 MAX_WORDS = 40
+HOPELESS = 32  # pairs in a row without any answer, after which an endpoint is left alone
 
 
 class UnusableAnswer(ValueError):
@@ -147,7 +148,12 @@ class Writer:
         return hashlib.sha256(f"{self.ask.model}\n{prompt}".encode()).hexdigest()[:32]
 
     def write(self, pairs: Iterable[tuple[str, str]], workers: int = 8) -> Iterator[str | None]:
-        """A modification for each (reference caption, target caption), in order; None where none could be had."""
+        """A modification for each (reference caption, target caption), in order; None where none could be had.
+
+        Raises:
+            ValueError: with what went wrong, when HOPELESS pairs in a row or more had no answer at all.
+        """
+        unanswered = 0
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         pairs = iter(pairs)
         with self.cache.open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
@@ -155,10 +161,19 @@ class Writer:
             while ahead := list(itertools.islice(pairs, 4 * workers)):
                 for key, text, counts in pool.map(self._one, ahead):
                     self.report.update(counts)
+                    if counts["given up"] and not any(reason.startswith("unusable") for reason in counts):
+                        unanswered, why = unanswered + 1, [reason for reason in counts if reason != "given up"]
+                    elif not counts["from cache"]:
+                        unanswered = 0
                     if counts["written"]:
                         file.write(json.dumps({"key": key, "modification": text}) + "\n")
                         file.flush()
                     yield text
+                if unanswered >= HOPELESS:
+                    raise ValueError(
+                        f"{self.ask.model} did not answer for {unanswered} pairs in a row, the last time: "
+                        f"{', '.join(why)}. What it wrote before is in {self.cache}, and the same command goes on"
+                    )
 
     def _one(self, pair: tuple[str, str]) -> tuple[str, str | None, Counter]:
         """The pair's key, its modification or None, and what it took: tokens, and problems by name."""

@@ -34,10 +34,12 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.publishing import versions
 
 
-# What may change when a run goes on: it decides neither rows, nor steps, nor what is trained.
+# What may change when a run goes on: it decides neither rows, nor steps, nor what is trained; and data and models may
+# have been moved.
 FREE_TO_CHANGE = {
     "output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
     "report_to", "dataloader_num_workers", "feature_cache_gb", "feature_cache_dir", "feature_batch_size",
+    "on_bad_image", "dataset_name", "model_name_or_path",
 }  # fmt: skip
 
 
@@ -45,7 +47,7 @@ class Progress:
     """Optimizer steps done, the best validation so far and time spent, kept in checkpoints.
 
     Args:
-        settings: the run's arguments; a checkpoint of others is refused.
+        settings: the run's arguments and what else decides its steps; a checkpoint of others is refused.
     """
 
     def __init__(self, settings: dict):
@@ -63,10 +65,10 @@ class Progress:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises `ValueError` for a checkpoint of other arguments, as its schedule and order of rows are those."""
-        before, missing = state.get("settings", self.settings), object()
-        changed = [k for k in self.settings if before.get(k, missing) != self.settings[k]]
+        before = state.get("settings", {})
+        changed = [k for k, v in self.settings.items() if before.get(k, v) != v]
         if changed:
-            told = ", ".join(f"--{k} was {before.get(k)}, not {self.settings[k]}" for k in changed)
+            told = ", ".join(f"{k} was {before[k]}, not {self.settings[k]}" for k in changed)
             raise ValueError(f"the checkpoint is of a run with other arguments: {told}; give those, or begin anew")
         self.step, self.best, self.before = state["step"], state["best"], state.get("seconds", 0.0)
 
@@ -136,7 +138,7 @@ def train(
     for name in ("model_name_or_path", "dataset_name"):
         if any(glob.iglob(settings[name])):  # of this machine, not a name on the Hub
             settings[name] = os.path.abspath(settings[name])
-    progress = Progress(settings)
+    progress = Progress(settings | batches.size | {"num_processes": accelerator.num_processes})
     accelerator.register_for_checkpointing(scheduler, progress, batches, *checkpointed)
     keep_only_trained_tensors(accelerator, model, trained)
     if args.report_to != "none":

@@ -7,7 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from modeling_tscir import TSCIRModel
-from modeling_tscir.ranking import top_k
+from modeling_tscir.ranking import full_precision, top_k
 
 
 class Miner:
@@ -62,7 +62,8 @@ class Miner:
             own = [[place[int(data.target_ids[i])]] for i in batch]
             # Twice as many as wanted, as the ceiling may drop some.
             _, found = top_k(queries, bank, min(2 * count, len(bank) - 1), exclude=own)
-            close = torch.einsum("bhd,bd->bh", bank[found], features["target_embeds"]) > ceiling
+            with full_precision(bank):
+                close = torch.einsum("bhd,bd->bh", bank[found], features["target_embeds"]) > ceiling
             dropped, considered = dropped + int(close.sum()), considered + close.numel()
             order = torch.argsort(close.int(), dim=1, stable=True)[:, :count]  # those below the ceiling first
             mined.append(bank_rows[found.gather(1, order).cpu()])

@@ -15,6 +15,7 @@ them too. Pictures on disk stay there and are named by path; those in tar shards
 
 import argparse
 import csv
+import glob
 import json
 import os
 import shutil
@@ -99,14 +100,28 @@ def webdataset(args: argparse.Namespace) -> Iterator[dict]:
     where reference, target and modification are; json.edit is "edit" in the member json."""
     if not args.keys:
         raise ValueError("tar shards need --keys REFERENCE TARGET MODIFICATION")
-    rows = load_dataset("webdataset", data_files=args.annotations, split="train", streaming=True)
-    for name, feature in (rows.features or {}).items():
-        if isinstance(feature, ImageFeature):
-            rows = rows.cast_column(name, ImageFeature(decode=False))
-    for row in rows:
-        reference, target, modification = (_at(row, key) for key in args.keys)
-        names = {f"{column}_id": f"{row['__key__']}-{column}" for column in ("reference", "target")}
-        yield {"reference": reference, "modification": modification, "target": target, **names}
+    remote = "://" in args.annotations
+    shards = [args.annotations] if remote else sorted(glob.glob(args.annotations, recursive=True))
+    if not shards:
+        raise ValueError(f"no file matches {args.annotations}")
+    for shard in shards:
+        for row in rows_of_shard(shard):
+            reference, target, modification = (_at(row, key) for key in args.keys)
+            names = {f"{column}_id": f"{row['__key__']}-{column}" for column in ("reference", "target")}
+            yield {"reference": reference, "modification": modification, "target": target, **names}
+
+
+def rows_of_shard(shard: str) -> Iterator[dict]:
+    """A tar shard's samples, pictures still encoded. Raises `ValueError` naming a shard that is damaged or empty."""
+    try:
+        files = shard if "://" in shard else glob.escape(shard)
+        rows = load_dataset("webdataset", data_files=files, split="train", streaming=True)
+        for name, feature in (rows.features or {}).items():
+            if isinstance(feature, ImageFeature):
+                rows = rows.cast_column(name, ImageFeature(decode=False))
+        yield from rows
+    except (tarfile.TarError, ValueError, IndexError, EOFError) as error:
+        raise ValueError(f"{shard} is damaged or holds no sample: {error}") from error
 
 
 def _at(row: dict, key: str):
@@ -243,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.rows_per_file = args.rows_per_file or (1_000 if args.source == "webdataset" else 100_000)
     try:
         count, bad = convert(args)
-    except (OSError, ValueError, tarfile.TarError, IndexError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     note = f", {len(bad)} left out: {os.path.join(args.output_dir, 'left_out.txt')}" if bad else ""
     sys.stdout.write(f"{count} triplets written to {args.output_dir}{note}\n")

@@ -234,6 +234,11 @@ class RowBatches:
         self.sampler.epoch = now
         return sorted({row for batch in found for row in batch})
 
+    @property
+    def size(self) -> dict[str, int]:
+        """What tells this data from other data of the same name."""
+        return {"num_rows": self.sampler.num_rows}
+
     def skipped_images(self) -> list[tuple[str, str]]:
         return self.skipped
 

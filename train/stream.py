@@ -219,6 +219,11 @@ class StreamBatches:
             self.taken += 1
             yield send_to_device(batch, self.accelerator.device)
 
+    @property
+    def size(self) -> dict[str, int]:
+        """Nothing: how long a stream is, nobody knows."""
+        return {}
+
     def skipped_images(self) -> list[tuple[str, str]]:
         """(where, why) of pictures left out so far, by all processes, which must all ask."""
         return gather_object(list(self.skipped.items()))

@@ -26,7 +26,7 @@ from caption_pairs import Change, changes_between, diversity, near_captions, wor
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from language_model import ChatModel, Endpoint, Writer
-from rows import BUILDERS
+from rows import BUILDERS, check_columns, text_problem
 from tqdm.auto import tqdm
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
@@ -41,6 +41,7 @@ FUNCTION_WORDS = ARTICLES | {
     "these", "this", "those", "to", "with",
 }  # fmt: skip
 CANDIDATES = 16
+ID_COLUMN = "image_id"
 TEMPLATES = {
     "replace": ("{added} instead of {removed}", "replace {removed} with {added}", "not {removed} but {added}",
                 "change {removed} to {added}"),
@@ -113,26 +114,34 @@ def picture_features(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Ten
     return images, (images * texts).sum(-1)
 
 
-def read_rows(args: argparse.Namespace) -> tuple[Dataset, list]:
-    """The captioned rows and each one's picture id."""
+def read_rows(args: argparse.Namespace) -> tuple[Dataset, list, dict[str, str]]:
+    """The captioned rows, each one's picture id, and why rows were left out."""
     options = {"field": args.json_field} if args.json_field else {}
     name, files = args.dataset_name, {"data_files": args.data_files} if args.data_files else {}
     if not files and (builder := BUILDERS.get(Path(name).suffix)):
         name, files = builder, {"data_files": name}
     rows = load_dataset(name, split=args.dataset_train_split, **files, **options)
-    if args.caption_column not in rows.column_names:
-        raise ValueError(f"{args.dataset_name} lacks column {args.caption_column!r}; it has {rows.column_names}")
+    check_columns(args, {args.caption_column: "the caption"}, rows, images=[])
+    if args.id_column is not None and args.id_column not in rows.column_names:
+        raise ValueError(
+            f"--id_column {args.id_column}: {args.dataset_name} has no such column; it has {rows.column_names}"
+        )
     has_images = args.image_column in rows.column_names
+    names = [f"row {i}" for i in range(len(rows))]
+    problems = (text_problem(text, args.caption_column) for text in rows[args.caption_column])
+    bad = {name: why for name, why in zip(names, problems, strict=True) if why is not None}
     if has_images:
         rows = rows.cast_column(args.image_column, ImageFeature(decode=False))
-        handle_bad_images(
-            find_bad_images(rows[args.image_column], [f"row {i}" for i in range(len(rows))]), len(rows), "error"
-        )
-    if args.id_column in rows.column_names:
-        return rows, list(rows[args.id_column])
+        bad |= dict(find_bad_images(rows[args.image_column], names))
+    handle_bad_images(list(bad.items()), len(rows), args.on_bad_image)
+    kept = [i for i, name in enumerate(names) if name not in bad]
+    rows = rows.select(kept) if bad else rows
+    id_column = args.id_column or ID_COLUMN
+    if id_column in rows.column_names:
+        return rows, list(rows[id_column]), bad
     if not has_images:
-        raise ValueError(f"{args.dataset_name} has neither pictures ({args.image_column!r}) nor {args.id_column!r}")
-    return rows, list(range(len(rows)))
+        raise ValueError(f"{args.dataset_name} has neither pictures ({args.image_column!r}) nor {id_column!r}")
+    return rows, kept, bad
 
 
 def write_modifications(
@@ -157,8 +166,8 @@ def write_modifications(
 
 def synthesize(args: argparse.Namespace) -> dict:
     """Write the triplets and their card; gives the report that is in it."""
-    rows, ids = read_rows(args)
-    texts = [str(text) for text in rows[args.caption_column]]
+    rows, ids, left_out = read_rows(args)
+    texts = list(rows[args.caption_column])
     captions = [words_of(text) for text in texts]
     images, fits = picture_features(rows, args)
     pairs = select_pairs(args, captions, ids, images)
@@ -180,9 +189,12 @@ def synthesize(args: argparse.Namespace) -> dict:
         elif len(kept) < args.num_triplets:
             seen.add((ids[i], text))
             kept.append((i, j, text, kind))
+    if dropped.get("no usable text") == len(pairs) > 0:
+        raise ValueError(f"{args.language_model} wrote nothing usable for {len(pairs)} pairs: {writing}")
     if not kept:
         raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}. Lower --min_similarity")
-    report = {"quality": args.quality, "pairs": len(pairs), "dropped": dropped, "writing": writing}
+    report = {"quality": args.quality, "left_out": left_out, "pairs": len(pairs), "dropped": dropped}
+    report["writing"] = writing
     report |= diversity([text for *_, text, _ in kept], [kind for *_, kind in kept])
     write_triplets(rows, ids, texts, kept, args)
     write_card(args, report)
@@ -241,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset_train_split", default="train")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="caption")
-    parser.add_argument("--id_column", default="image_id", help="equal for captions of one picture; optional")
+    parser.add_argument("--id_column", help=f"equal for captions of one picture; {ID_COLUMN}, where the data has it")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_triplets", type=int, default=100_000)
     parser.add_argument("--quality", default="low", choices=["low", "high"])
@@ -258,6 +270,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=8, help="requests at a time")
     parser.add_argument("--prompt_price", type=float, default=0.0, help="of a million tokens, for the cost report")
     parser.add_argument("--completion_price", type=float, default=0.0)
+    parser.add_argument(
+        "--on_bad_image", default="error", choices=["error", "skip"], help="of rows without a caption as well"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.quality == "high" and not args.language_model:
