@@ -104,7 +104,7 @@ def test_the_report_holds_what_was_measured(tmp_path):
         {"curve": next(iter(CURVES)), "way": "ours", "size": s, "seconds": [1.0] * 3, "peak_gib": 1} for s in (1, 9)
     ]
     write_report(figures | {"curves": points}, tmp_path)
-    assert "| 500 ms | 2.50 (2.00 to 3.00) | 15 |" in (tmp_path / "speed.md").read_text("utf-8")
+    assert "| 500 ms | 2.50 (2.00 to 3.00) | 15, not reached |" in (tmp_path / "speed.md").read_text("utf-8")
     first, second = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert first["vs_peers"] == 2.5 and first["vs_limit"] is None and first["spread"]["vs_peers"] == [2.0, 3.0]
     assert second["work"] == "import modeling_tscir" and second["vs_limit"] == 2.5

@@ -4,7 +4,7 @@
 
 Every way of a work lives in a process of its own, on the same threads; the processes take turns, and figures are
 medians of ratios within a turn, with their range. The limit is the module's own forward pass, or forward and backward,
-in the same precision. CLIPs have random weights. Writes results.json, speed.md and a picture; about 65 minutes on
+in the same precision. CLIPs have random weights. Writes results.json, speed.md and a picture; about 40 minutes on
 two cores.
 """
 
