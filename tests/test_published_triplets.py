@@ -85,7 +85,7 @@ def test_tar_shards(tmp_path):
         run(tmp_path, "webdataset", tmp_path / "*.tar")
     with pytest.raises(SystemExit, match=r"no file matches .*gone-\*\.tar"):
         run(tmp_path, "webdataset", tmp_path / "gone-*.tar", *keys)
-    (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:-9000])
+    (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:9000])
     with pytest.raises(SystemExit, match=r"1\.tar is damaged or holds no sample: unexpected end of data"):
         run(tmp_path, "webdataset", tmp_path / "*.tar", *keys)
 
