@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import ways
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from clip_shapes import SHAPES, shape
 from conftest import ROOT
 from peers import Levers, Peer, preprocess, ranked
@@ -44,6 +45,33 @@ def test_every_way_runs(folder, work, way):
     run()
     run()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """A process has one precision of training."""
+
+    def forget() -> None:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.parametrize("work", [work for work in WORKS if "step" in work or "gallery" in work])
+def test_our_ways_run_in_bf16(folder, work, fresh_accelerator, monkeypatch):
+    monkeypatch.setattr("gradients.bf16_is_fast", lambda device: True)
+    setting = Setting(folder, "tiny", "bfloat16", rows=4, gallery=60)
+    run = WORKS[work].ways["ours"](setting)
+    run()
+    run()
+    if "step" in work:
+        clip = run.accelerator.unwrap_model(run.objective).model.clip
+        assert clip.vision_model.encoder.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in run.trained)
+    assert setting.model(0)[0].dtype == torch.bfloat16
 
 
 def test_texts_are_as_long_as_they_are_said_to_be(folder):
