@@ -127,9 +127,7 @@ def test_plain_clip_answers_training_free_by_slerp(stage0, composed, clip, proce
     torch.testing.assert_close(stage0.get_composed_features(**composed, weight=1.0), text)
     torch.testing.assert_close(stage0.get_composed_features(**composed, weight=-1.0), image)
     torch.testing.assert_close(stage0(**composed).query_embeds, features)
-    with pytest.raises(
-        ValueError, match="leave out of a picture; a plain CLIP has none"
-    ):
+    with pytest.raises(ValueError, match="leave out of a picture; a plain CLIP has none"):
         stage0.get_composed_features(**composed, residual=1.0)
 
 
