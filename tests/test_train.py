@@ -18,6 +18,7 @@ from arguments import DataArguments
 from conftest import ROOT, WORDS
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from loop import Progress
 from mining import Miner
 from safetensors.torch import load_file
 
@@ -149,8 +150,24 @@ def test_a_new_run_does_not_begin_among_an_old_ones_checkpoints(launch, clip_dir
         launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3, *again)
     with pytest.raises(ValueError, match=r"other arguments: learning_rate was 0.001, not 0.1"):
         launch(stage1_script, clip_dir, tmp_path, "--max_steps", 5, "--learning_rate", 0.1, *again)
+    (kept,) = (f for f in tmp_path.glob("checkpoint-4/custom_checkpoint_*.pkl") if b"settings" in f.read_bytes())
+    state = torch.load(kept, weights_only=False)
+    torch.save({k: v for k, v in state.items() if k != "settings"}, kept)  # as earlier versions wrote it
+    with pytest.raises(ValueError, match=r"checkpoint-4 is at step 4, beyond the 3 steps"):
+        launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3, *again)
     with pytest.raises(ValueError, match="holds other tensors than this run trains"):
         launch(stage1_script, clip_dir, tmp_path, "--resume_from_checkpoint", "latest", "--num_pseudo_words", 2)
+
+
+def test_what_may_change_when_a_run_goes_on():
+    settings = {"seed": 0, "num_processes": 1, "lora_target_modules": None, "output_dir": "a", "on_bad_image": "error"}
+    state = Progress(settings).state_dict() | {"step": 7}
+    again = Progress(settings | {"output_dir": "b", "on_bad_image": "skip", "an_argument_added_since": 3})
+    again.load_state_dict(state)
+    assert again.step == 7
+    for change in ({"num_processes": 2}, {"seed": 1}, {"lora_target_modules": ["fc1"]}):
+        with pytest.raises(ValueError, match=f"other arguments: {next(iter(change))} was"):
+            Progress(settings | change).load_state_dict(state)
 
 
 def test_a_column_that_was_named_and_is_not_there_is_an_error(launch, stage1_folder, tmp_path):

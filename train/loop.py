@@ -146,6 +146,8 @@ def train(
     if args.resume_from_checkpoint:
         folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         accelerator.load_state(str(folder))
+        if progress.step > total:  # as of a checkpoint from before arguments were kept in it
+            raise ValueError(f"{folder} is at step {progress.step}, beyond the {total} steps of this run")
         accelerator.print(f"resumed from {folder} at step {progress.step}")
     interrupted = Interrupt()
     bar = tqdm(
