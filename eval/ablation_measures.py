@@ -114,7 +114,7 @@ def composer(
         def composed(part: Split, pictures: torch.Tensor) -> torch.Tensor:
             embeds = pictures[torch.tensor(sorted(set(part.references)))]
             encoded = embeds, pseudo_words(trained[0], embeds, lambda: reference_patches(output, clip, part))
-            return compose("tscir", *trained, part, pictures, encoded=encoded, residual=run.get("residual", 0.0))
+            return compose("tscir", *trained, part, pictures, encoded=encoded, residual=run.get("residual"))
 
         return composed
     if run["method"] != "combiner":

@@ -84,8 +84,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--residual",
         type=float,
-        default=0.0,
-        help="tscir: how much of what pseudo-words leave out of their picture is added to queries (0)",
+        help="tscir: how much of what pseudo-words leave out of their picture is added to queries (the model's own)",
     )
     parser.add_argument("--prompt_template", help='of composed queries; "a photo of {image} that {text}" by default')
     parser.add_argument(
@@ -131,10 +130,11 @@ def require_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         lowest = -1 if args.method == "tscir" else 0
         if not lowest <= args.weight <= 1:
             parser.error(f"--weight of --method {args.method} is from {lowest} to 1, not {args.weight}")
-    if not math.isfinite(args.residual):
-        parser.error(f"--residual must be a number, not {args.residual}")
-    if args.residual and args.method != "tscir":
-        parser.error(f"--residual has no part in --method {args.method}")
+    if args.residual is not None:
+        if not math.isfinite(args.residual):
+            parser.error(f"--residual must be a number, not {args.residual}")
+        if args.method != "tscir":
+            parser.error(f"--residual has no part in --method {args.method}")
     if not args.check_data and (args.model_name_or_path is None or args.output_dir is None):
         parser.error("--model_name_or_path and --output_dir are needed (but for --check_data)")
 
@@ -226,7 +226,7 @@ def compose(
     weight: float | None = None,
     batch_size: int = 64,
     encoded: tuple[torch.Tensor, torch.Tensor] | None = None,
-    residual: float = 0.0,
+    residual: float | None = None,
 ) -> torch.Tensor:
     """Query embeddings [Q, D], L2-normalised, by one of METHODS; several wordings of a query are averaged.
 
@@ -291,18 +291,19 @@ def run(
     keys = {category: picture_key(model, processor, split) for category, split in splits.items()}
     whole = splits
     splits, skipped = readable(splits, keys, args)
-    method, weight = effective_method(model, args)
+    method, weight, residual = effective_method(model, args)
     ranked = {}
     for category, split in splits.items():
         image_embeds = embed_pictures(model, processor, split, args)
-        told = {"batch_size": args.batch_size, "residual": args.residual}
+        told = {"batch_size": args.batch_size, "residual": residual}
         queries = compose(method, model, processor, split, image_embeds, weight, **told)
         ranked[category] = rank(split, queries, image_embeds, args.device)
     public = all(split.truths is not None for split in splits.values())
     results: dict[str, object] = dict(benchmark.metrics(splits, ranked)) if public else {}
     results |= counts(benchmark.name, splits)
     results["primary_metric"] = benchmark.primary_metric if public else None
-    results |= {"method": method, "weight": weight} | describe_run(benchmark, args, model, processor, splits)
+    results |= {"method": method, "weight": weight, "residual": residual}
+    results |= describe_run(benchmark, args, model, processor, splits)
     results |= describe_losses(whole, splits, skipped)
     files = {"results.json": results}
     if not public and benchmark.submissions is not None:
@@ -323,7 +324,6 @@ def describe_run(
         "prompt_template": processor.prompt_template,
         "preprocessing": preprocessing_of(processor),
         "dtype": args.dtype,
-        "residual": args.residual,
     }
     return {
         "protocol": protocol,
@@ -335,17 +335,18 @@ def describe_run(
     }
 
 
-def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, float | None]:
-    """The method and weight that a run uses, where the model or nothing said which."""
+def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, float | None, float]:
+    """The method, weight and residual that a run uses, where the model or nothing said which."""
     if args.method == "tscir" and model.config.stage == 0:
-        if args.weight is not None or args.residual:
+        if args.weight is not None or args.residual is not None:
             raise ValueError("this is a plain CLIP without a mapper; name a training-free method, as --method slerp")
         logger.warning("A plain CLIP without a mapper: answering training-free, by --method slerp.")
-        return "slerp", model.config.training_free_weight
+        return "slerp", model.config.training_free_weight, 0.0
     if args.method in ("image", "text"):
-        return args.method, None
-    default = 0.0 if args.method == "tscir" else 0.5
-    return args.method, default if args.weight is None else args.weight
+        return args.method, None, 0.0
+    default, residual = (0.0, model.config.residual) if args.method == "tscir" else (0.5, 0.0)
+    weight = default if args.weight is None else args.weight
+    return args.method, weight, residual if args.residual is None else args.residual
 
 
 def describe_losses(whole: dict[str, Split], splits: dict[str, Split], skipped: list[str]) -> dict:

@@ -91,7 +91,7 @@ def named(ranking: Ranking | None, query: int, ids: Sequence[str]) -> list[str]:
 
 def table(results: dict[str, object]) -> str:
     """Metrics in percent, counts as they are."""
-    left_out = ("weight", "skipped_queries", "skipped_truths_of_other_queries")
+    left_out = ("weight", "residual", "skipped_queries", "skipped_truths_of_other_queries")
     lines = [
         f"{name:44}{100 * value:9.2f} %" if isinstance(value, float) else f"{name:44}{value:9}"
         for name, value in results.items()
@@ -105,7 +105,7 @@ def table(results: dict[str, object]) -> str:
 def notes(results: dict[str, object]) -> list[str]:
     """A sentence for everything that makes these figures other than the published benchmark's."""
     lines = []
-    if residual := results["protocol"].get("residual"):
+    if residual := results["residual"]:
         lines.append(f"Note: queries have {residual:g} of what pseudo-words leave out of their pictures (--residual).")
     for name, published in results["published_counts"].items():
         if not published["same"]:

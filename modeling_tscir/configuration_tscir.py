@@ -1,6 +1,7 @@
 """TSCIRConfig: one CLIP configuration and every open choice of the method."""
 
 import copy
+import math
 
 from transformers import CLIPConfig, PreTrainedConfig
 
@@ -38,6 +39,8 @@ class TSCIRConfig(PreTrainedConfig):
         num_mined_negatives (`int`): mined negatives a query.
         mined_negative_ceiling (`float`): images more similar than this (cosine) to the target are not mined, as
             they are likely to be right answers.
+        residual (`float`): how much of what pseudo-words leave out of their picture, v(x) - q(x), a composed query is
+            given; nothing is trained for it. 0 is the query as arXiv 2504.17990 has it.
         training_free_weight (`float`): at stage 0, where on the great circle from image (0) to text (1) the query is.
     """
 
@@ -67,6 +70,7 @@ class TSCIRConfig(PreTrainedConfig):
     mined_negative_weight: float = 1.0
     num_mined_negatives: int = 4
     mined_negative_ceiling: float = 0.99
+    residual: float = 0.5
     training_free_weight: float = 0.5
 
     def __post_init__(self, **kwargs):
@@ -102,6 +106,8 @@ class TSCIRConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
+        if not math.isfinite(self.residual):
+            raise ValueError(f"residual must be a number, not {self.residual}")
         if not 0 <= self.training_free_weight <= 1:
             raise ValueError(f"training_free_weight must be between 0 and 1, but is {self.training_free_weight}")
         if self.soft_alignment_temperature <= 0 or self.lora_rank < 1:

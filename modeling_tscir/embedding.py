@@ -131,7 +131,7 @@ def embed_queries(
     weight: float = 0.0,
     progress: bool | str = False,
     encoded: tuple[torch.Tensor, torch.Tensor | None] | None = None,
-    residual: float = 0.0,
+    residual: float | None = None,
 ) -> torch.Tensor:
     """Composed queries [len(texts), D], L2-normalised, fp32, on the CPU.
 

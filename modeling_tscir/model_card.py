@@ -176,7 +176,9 @@ def evaluation(results: Sequence[dict]) -> str:
             split = found["protocol"]["split"]
             lines.append(f"| {found['benchmark']} | {split} | {queries:,} | {name} | {100 * value:.2f} |")
         protocol = ", ".join(f"{k} {v}" for k, v in found["protocol"].items() if not isinstance(v, dict))
-        notes.append(f"- {found['benchmark']}: {protocol}; weight {found['weight']}.")
+        notes.append(
+            f"- {found['benchmark']}: {protocol}; weight {found['weight']}, residual {found.get('residual', 0.0)}."
+        )
         if found.get("skipped_images"):
             notes.append(f"- {found['benchmark']}: {len(found['skipped_images'])} unreadable pictures were skipped.")
         for name, counts in found.get("published_counts", {}).items():

@@ -207,27 +207,79 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         Raises:
             ValueError: if places and pseudo-words differ in number, and for an unknown adapter.
         """
+        name = (self.active_adapter if adapter is None else self.known_adapter(adapter)) if adapters else None
+        hidden = self._text_states(input_ids, pseudo_mask, pseudo_words, name)
+        return self._sentence(hidden, self._first_eos(input_ids))
+
+    def encode_with_pictures_alone(
+        self,
+        input_ids: torch.Tensor,
+        pseudo_mask: torch.Tensor,
+        pseudo_words: torch.Tensor,
+        adapter: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode_with_pseudo_words` gives, and q(x), prompts that end behind their pseudo-words: [B, D] each.
+
+        In one pass, as the beginnings are the same: each row has a second EOS behind its pseudo-words, which nothing
+        after it sees or is moved by.
+        """
+        name = self.active_adapter if adapter is None else self.known_adapter(adapter)
+        end_id, places = self.config.text_eos_token_id, torch.arange(input_ids.shape[1] + 1, device=input_ids.device)
+        ends = 1 + (pseudo_mask * places[:-1]).amax(-1, keepdim=True)  # [B, 1]: where the second EOS goes
+        if self.clip.text_model.config._attn_implementation not in ("eager", "sdpa"):  # others take no mask of ours
+            longest = int(ends.max()) + 1
+            alone_ids = input_ids.where(places[:-1] < ends, end_id)[:, :longest]
+            return tuple(
+                self._sentence(self._text_states(ids, mask, pseudo_words, name), self._first_eos(ids))
+                for ids, mask in ((input_ids, pseudo_mask), (alone_ids, pseudo_mask[:, :longest]))
+            )
+        positions = places - (places > ends).long()  # [B, L + 1]
+        ids = input_ids.gather(1, positions).masked_fill(places == ends, end_id)
+        mask = pseudo_mask.gather(1, positions) & (places < ends)
+        hidden_end = (places == ends)[:, None, :] & (places > ends)[:, :, None]  # [B, L + 1, L + 1]
+        visible = (places[None, :] <= places[:, None]) & ~hidden_end
+        hidden = self._text_states(ids, mask, pseudo_words, name, positions, visible)
+        return self._sentence(hidden, self._first_eos(input_ids) + 1), self._sentence(hidden, ends.squeeze(-1))
+
+    def _text_states(
+        self,
+        input_ids: torch.Tensor,
+        pseudo_mask: torch.Tensor,
+        pseudo_words: torch.Tensor,
+        adapter: str | None,
+        positions: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Last states [B, L, d_t]; `visible` [B, L, L] in place of what causal attention sees."""
         countable = not (torch.compiler.is_compiling() or pseudo_mask.is_meta)
         if countable and int(pseudo_mask.sum()) != pseudo_words.shape[:2].numel():
             raise ValueError(
                 f"pseudo_mask has {int(pseudo_mask.sum())} places for {pseudo_words.shape[:2].numel()} pseudo-words; "
                 f"make the processor with num_pseudo_words={pseudo_words.shape[1]}"
             )
-        name = (self.active_adapter if adapter is None else self.known_adapter(adapter)) if adapters else None
-        text_model = self._merged.get(name, self.clip.text_model)
+        text_model = self._merged.get(adapter, self.clip.text_model)
         words = text_model.embeddings.token_embedding(input_ids)  # [B, L, d_t]
         words = words.masked_scatter(pseudo_mask.unsqueeze(-1), pseudo_words.to(words.dtype))
-        hidden = text_model.embeddings(inputs_embeds=words)  # adds positions
-        # Attention is causal and padding is on the right, so the state at EOS does not see it: no padding mask needed.
-        mask = create_causal_mask(
-            config=text_model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-        )
-        with nullcontext() if name in self._merged else composing(text_model, name):
+        if visible is None:
+            hidden = text_model.embeddings(inputs_embeds=words)  # adds positions
+            # Attention is causal and padding is on the right, so the state at EOS does not see it: no padding mask.
+            mask = create_causal_mask(
+                config=text_model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+            )
+        else:
+            hidden = words + text_model.embeddings.position_embedding(positions)
+            mask = hidden.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(hidden.dtype).min)[:, None]
+        with nullcontext() if adapter in self._merged else composing(text_model, adapter):
             hidden = text_model.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
-        hidden = text_model.final_layer_norm(hidden)
-        eos = (input_ids == self.config.text_eos_token_id).int().argmax(-1)  # [B]
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), eos]
+        return text_model.final_layer_norm(hidden)
+
+    def _sentence(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, D], L2-normalised, of sentences that end at `places` [B]."""
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), places]
         return F.normalize(self.clip.text_projection(pooled), dim=-1)
+
+    def _first_eos(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return (input_ids == self.config.text_eos_token_id).int().argmax(-1)  # [B]
 
     def get_composed_features(
         self,
@@ -241,7 +293,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         patch_states: torch.Tensor | None = None,
         pseudo_words: torch.Tensor | None = None,
         weight: float = 0.0,
-        residual: float = 0.0,
+        residual: float | torch.Tensor | None = None,
         image_counts: list[int] | None = None,
         adapter: str | None = None,
     ) -> torch.Tensor:
@@ -255,9 +307,10 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
                 where there is no mapper or `weight` > 0.
             weight (`float`): -1 to 1. Moves the query along the great circle towards the reference image (negative)
                 or the modification text (positive). 0, the default, leaves it.
-            residual (`float`): how much of what pseudo-words leave out of their picture, v(x) - q(x), is added to the
-                query; 0, the default, nothing. Comes before `weight`, and is for queries of one reference, whose
-                prompt up to it, "a photo of S*", gives q(x).
+            residual (`float` or `torch.Tensor` [B], *optional*): how much of what pseudo-words leave out of their
+                picture, v(x) - q(x), is added to the query, before `weight` moves it; the configuration's unless told,
+                0 for nothing. q(x) is the query's own prompt up to its pseudo-words, "a photo of S*". Queries of
+                several references have none.
             image_counts (`list[int]`, *optional*): how many references each query has, where it is not one each. What
                 is given of references then has a row for each of them, in order; for `weight`, and without a mapper,
                 a query's reference is the mean of its references.
@@ -273,7 +326,9 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         if pixel_values is not None:
             image_embeds, pseudo_words = self.encode_reference(pixel_values)
         trained = self.mapper is not None
-        if residual and not trained:
+        if residual is None:
+            residual = self.config.residual if trained else 0.0
+        elif not trained and isinstance(residual, (int, float)) and residual:
             raise ValueError("residual is what pseudo-words leave out of a picture; a plain CLIP has none")
         if trained and pseudo_words is None and image_embeds is not None:
             pseudo_words = self.get_pseudo_words(image_embeds, patch_states)
@@ -295,26 +350,19 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
             return slerp(image_embeds, text_embeds, share)
         if input_ids is None or pseudo_mask is None:
             raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
-        query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words, adapter=adapter)
-        if residual:
-            single = image_counts is None or all(count == 1 for count in image_counts)
-            if image_embeds is None or not single:
-                raise ValueError("residual needs the image_embeds or pixel_values of one reference a query")
-            missed = image_embeds - self._picture_alone(input_ids, pseudo_mask, pseudo_words)
-            query = F.normalize(query + residual * missed, dim=-1)
+        if isinstance(residual, torch.Tensor) or residual != 0:
+            if image_embeds is None:
+                raise ValueError("the residual of a query needs image_embeds or pixel_values; residual=0 does without")
+            query, alone = self.encode_with_pictures_alone(input_ids, pseudo_mask, pseudo_words, adapter)
+            share = torch.as_tensor(residual, device=query.device, dtype=query.dtype).expand(len(query))
+            if image_counts is not None:
+                share = share * (torch.tensor(image_counts, device=query.device) == 1)
+            query = F.normalize(query + share[:, None] * (image_embeds - alone), dim=-1)
+        else:
+            query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words, adapter=adapter)
         if weight < 0:
             return slerp(query, image_embeds, -weight)
         return slerp(query, text_embeds, weight) if weight > 0 else query
-
-    def _picture_alone(
-        self, input_ids: torch.Tensor, pseudo_mask: torch.Tensor, pseudo_words: torch.Tensor
-    ) -> torch.Tensor:
-        """q(x) [B, D]: prompts up to and with their pseudo-words, through the frozen text tower."""
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        ends = 1 + (pseudo_mask * places).amax(-1, keepdim=True)  # [B, 1]; EOS goes there
-        longest = int(ends.max()) + 1
-        ids = input_ids.where(places < ends, self.config.text_eos_token_id)[:, :longest]
-        return self.encode_with_pseudo_words(ids, pseudo_mask[:, :longest], pseudo_words, adapters=False)
 
     def forward(
         self,

@@ -126,7 +126,8 @@ def test_what_was_used_is_what_is_recorded(folder, run_script, model_dir, clip_d
     assert "circo has not the published numbers" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="name a training-free method"):
         run_script(circo.CIRCO, *flags, clip_dir, "--weight", "0.5")
-    assert run_script(circo.CIRCO, *flags, model_dir, "--residual", "1")[0]["protocol"]["residual"] == 1
+    assert run_script(circo.CIRCO, *flags, model_dir, "--residual", "1")[0]["residual"] == 1
+    assert run_script(circo.CIRCO, *flags, model_dir)[0]["residual"] == 0.5
 
 
 def test_features_that_cannot_be_kept_are_not_lost(tmp_path):
@@ -140,10 +141,10 @@ def test_composed_queries_equal_the_models_own(folder, stage2, processor, pictur
     with torch.no_grad():
         expected = stage2.get_composed_features(**processor(images=[split.sources[0]] * 2, text=["is red"] * 2))
         more = stage2.get_composed_features(
-            **processor(images=[split.sources[0]] * 2, text=["is red"] * 2), residual=0.5
+            **processor(images=[split.sources[0]] * 2, text=["is red"] * 2), residual=2.0
         )
     torch.testing.assert_close(queries, expected, atol=1e-5, rtol=0)
-    added = compose("tscir", stage2, processor, split, torch.empty(0), residual=0.5)
+    added = compose("tscir", stage2, processor, split, torch.empty(0), residual=2.0)
     torch.testing.assert_close(added, more, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match="unknown method"):
         compose("product", stage2, processor, split, queries[:1].repeat(6, 1))

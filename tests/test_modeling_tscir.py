@@ -52,6 +52,7 @@ def test_stage_two_starts_at_stage_one_to_the_bit(stage1, composed):
 def test_adapters_act_on_composed_queries_alone(stage2, composed):
     words = stage2.get_pseudo_words(*stage2.encode_image(composed["pixel_values"]))
     without = stage2.encode_with_pseudo_words(composed["input_ids"], composed["pseudo_mask"], words, adapters=False)
+    stage2.config.residual = 0.0
     assert not torch.allclose(stage2.get_composed_features(**composed), without)
     for name, parameter in stage2.named_parameters():  # a stage I model with the same mapper
         if "lora_B" in name:
@@ -145,15 +146,53 @@ def test_weight_moves_a_query_to_its_image_or_its_text(stage2, composed, process
 
 @torch.no_grad()
 def test_the_residual_is_what_pseudo_words_leave_out_of_their_picture(stage2, composed, processor):
-    query, image = stage2.get_composed_features(**composed), stage2.encode_image(composed["pixel_values"])[0]
-    alone, words = processor.compose([""] * len(TEXTS)), stage2.encode_reference(composed["pixel_values"])[1]
-    sentence = stage2.encode_with_pseudo_words(alone["input_ids"], alone["pseudo_mask"], words, adapters=False)
+    image, words = stage2.encode_reference(composed["pixel_values"])
+    query = stage2.encode_with_pseudo_words(composed["input_ids"], composed["pseudo_mask"], words)
+    alone = processor.compose([""] * len(TEXTS))
+    sentence = stage2.encode_with_pseudo_words(alone["input_ids"], alone["pseudo_mask"], words)
     expected = torch.nn.functional.normalize(query + 0.7 * (image - sentence), dim=-1)
     torch.testing.assert_close(stage2.get_composed_features(**composed, residual=0.7), expected)
-    moved = stage2.get_composed_features(**composed, residual=0.7, weight=-0.3)
+    torch.testing.assert_close(stage2.get_composed_features(**composed, residual=0), query)
+    stage2.config.residual = 0.7
+    torch.testing.assert_close(stage2.get_composed_features(**composed), expected)
+    moved = stage2.get_composed_features(**composed, weight=-0.3)
     torch.testing.assert_close(moved, slerp(expected, image, 0.3))
-    with pytest.raises(ValueError, match="of one reference a query"):
-        stage2.get_composed_features(**composed, residual=0.7, image_counts=[2, *[1] * (len(TEXTS) - 2)])
+    rows = stage2.get_composed_features(**composed, residual=torch.tensor([0.7, 0.0]))
+    torch.testing.assert_close(rows, torch.stack([expected[0], query[1]]))
+    with pytest.raises(ValueError, match="residual=0 does without"):
+        stage2.get_composed_features(
+            input_ids=composed["input_ids"], pseudo_mask=composed["pseudo_mask"], pseudo_words=words
+        )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_pictures_alone_come_out_of_the_same_pass(stage2, processor, pictures, attention):
+    """The second EOS changes nothing of the prompt, and the rest of the prompt nothing of it."""
+    stage2.set_attn_implementation(attention)
+    texts = ["red", "that is a much longer one , and then red", "", "red " * 90]
+    prompts, alone = processor.compose(texts), processor.compose([""] * len(texts))
+    words = stage2.encode_reference(processor(images=pictures[: len(texts)])["pixel_values"])[1]
+    together = stage2.encode_with_pictures_alone(prompts["input_ids"], prompts["pseudo_mask"], words)
+    for found, one in zip(together, (prompts, alone), strict=True):
+        expected = stage2.encode_with_pseudo_words(one["input_ids"], one["pseudo_mask"], words)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    # A kind of attention that takes no mask of ours goes through the text tower twice.
+    stage2.clip.text_model.config._attn_implementation = "flex_attention"
+    with pytest.MonkeyPatch.context() as patched:
+        states = stage2._text_states
+
+        def seen(*args):
+            stage2.clip.text_model.config._attn_implementation = attention
+            calls.append(args)
+            return states(*args)
+
+        calls = []
+        patched.setattr(stage2, "_text_states", seen)
+        twice = stage2.encode_with_pictures_alone(prompts["input_ids"], prompts["pseudo_mask"], words)
+    assert len(calls) == 2
+    for found, expected in zip(twice, together, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_slerp_keeps_length_and_angle():

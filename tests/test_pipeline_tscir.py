@@ -128,7 +128,7 @@ def test_misuse_is_explained(cir, pictures):
             cir(odd)
     with pytest.raises(ValueError, match=r"nowhere\.png: missing"):
         cir(image="nowhere.png", text="red")
-    with pytest.raises(ValueError, match="a picture and then a text, not for a text before"):
+    with pytest.raises(ValueError, match="of one picture and then a text, of no other order or number"):
         cir(content=["red", pictures[0]], residual=1.0)
     with pytest.raises(ValueError, match="weight must be"):
         cir(text="red", weight=5)

@@ -50,7 +50,9 @@ class Stage1Arguments:
     soft_alignment_temperature: float | None = field(
         default=None, metadata={"help": "tau_s: the smaller, the more the best-fitting captions count."}
     )
-
+    residual: float | None = field(
+        default=None, metadata={"help": "What queries are to have of v(x) - q(x); nothing is trained for it."}
+    )
     image_template: str = field(
         default="a photo of {image}", metadata={"help": "The sentence that pseudo-words are trained in."}
     )

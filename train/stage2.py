@@ -61,6 +61,9 @@ class Stage2Arguments:
     mined_negative_ceiling: float | None = field(
         default=None, metadata={"help": "Cosine to the target above which none is mined."}
     )
+    residual: float | None = field(
+        default=None, metadata={"help": "What queries are to have of v(x) - q(x); nothing is trained for it."}
+    )
     hard_negative_refresh: int = field(default=100, metadata={"help": "Steps between two minings."})
 
     def choices(self) -> dict:
