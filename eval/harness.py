@@ -79,7 +79,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weight",
         type=float,
-        help="sum and slerp: the text's share, 0 to 1 (0.5); tscir: -1 to 1 moves queries to the picture or text (0)",
+        help="sum and slerp: the text's share, 0 to 1 (0.5); tscir: -1 to 1 moves queries to the picture or text "
+        "(the model's own)",
     )
     parser.add_argument(
         "--residual",
@@ -237,7 +238,7 @@ def compose(
     references = torch.tensor(split.references)[owner]
     if method == "tscir":
         told = {"batch_size": batch_size, "progress": "queries", "encoded": encoded}
-        told |= {"weight": weight or 0.0, "residual": residual}
+        told |= {"weight": weight, "residual": residual}
         queries = embed_queries(model, processor, split.sources, references.tolist(), flat, **told)
     else:
         texts = embed_texts(model, processor, flat, batch_size) if method != "image" else None
@@ -344,7 +345,9 @@ def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, 
         return "slerp", model.config.training_free_weight, 0.0
     if args.method in ("image", "text"):
         return args.method, None, 0.0
-    default, residual = (0.0, model.config.residual) if args.method == "tscir" else (0.5, 0.0)
+    default, residual = 0.5, 0.0
+    if args.method == "tscir":
+        default, residual = model.config.composed_weight, model.config.residual
     weight = default if args.weight is None else args.weight
     return args.method, weight, residual if args.residual is None else args.residual
 

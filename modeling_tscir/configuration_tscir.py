@@ -40,7 +40,9 @@ class TSCIRConfig(PreTrainedConfig):
         mined_negative_ceiling (`float`): images more similar than this (cosine) to the target are not mined, as
             they are likely to be right answers.
         residual (`float`): how much of what pseudo-words leave out of their picture, v(x) - q(x), a composed query is
-            given; nothing is trained for it. 0 is the query as arXiv 2504.17990 has it.
+            given unless told; nothing is trained for it.
+        composed_weight (`float`): -1 to 1, how far a composed query is then moved towards its picture (negative) or
+            its text (positive) unless told. With both 0 the query is that of arXiv 2504.17990.
         training_free_weight (`float`): at stage 0, where on the great circle from image (0) to text (1) the query is.
     """
 
@@ -67,10 +69,11 @@ class TSCIRConfig(PreTrainedConfig):
     lora_target_modules: list[str] | tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     adapters: list[str] | tuple[str, ...] = ()
     reference_negative_weight: float = 0.3
-    mined_negative_weight: float = 1.0
+    mined_negative_weight: float = 0.3
     num_mined_negatives: int = 4
     mined_negative_ceiling: float = 0.99
-    residual: float = 0.5
+    residual: float = 0.75
+    composed_weight: float = 0.2
     training_free_weight: float = 0.5
 
     def __post_init__(self, **kwargs):
@@ -106,6 +109,8 @@ class TSCIRConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, not {getattr(self, name)!r}")
+        if not -1 <= self.composed_weight <= 1:
+            raise ValueError(f"composed_weight must be between -1 and 1, but is {self.composed_weight}")
         if not math.isfinite(self.residual):
             raise ValueError(f"residual must be a number, not {self.residual}")
         if not 0 <= self.training_free_weight <= 1:

@@ -128,7 +128,7 @@ def embed_queries(
     references: Sequence[int],
     texts: Sequence[str],
     batch_size: int = 64,
-    weight: float = 0.0,
+    weight: float | None = None,
     progress: bool | str = False,
     encoded: tuple[torch.Tensor, torch.Tensor | None] | None = None,
     residual: float | None = None,

@@ -50,8 +50,11 @@ class TSCIROutput(ModelOutput):
     target_embeds: torch.Tensor | None = None
 
 
-def slerp(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor:
-    """The point at share `weight` of the great circle from `start` to `end`, L2-normalised vectors [..., D]."""
+def slerp(start: torch.Tensor, end: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """The point at share `weight` of the great circle from `start` to `end`, L2-normalised vectors [..., D].
+
+    `weight` is one for all, or [..., 1].
+    """
     cosine = (start * end).sum(-1, keepdim=True).clamp(-1, 1)
     angle = torch.acos(cosine)
     # Where the angle vanishes, so does the sine below, and any mixture is the point itself.
@@ -59,6 +62,15 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weight: float) -> torch.Tensor
     sine = torch.where(near, torch.ones_like(angle), torch.sin(angle))
     along = (torch.sin((1 - weight) * angle) * start + torch.sin(weight * angle) * end) / sine
     return F.normalize(torch.where(near, (1 - weight) * start + weight * end, along), dim=-1)
+
+
+def per_query(given: float | torch.Tensor | None, default: float, single: torch.Tensor) -> torch.Tensor | None:
+    """What is `given`, or else `default` where `single` [B] is True, for each query: [B, 1], or None for nothing."""
+    if given is None:
+        return (default * single)[:, None] if default else None
+    if isinstance(given, torch.Tensor):
+        return given.to(single.device)[:, None]
+    return torch.full((len(single), 1), float(given), device=single.device) if given else None
 
 
 class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
@@ -292,7 +304,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         image_embeds: torch.Tensor | None = None,
         patch_states: torch.Tensor | None = None,
         pseudo_words: torch.Tensor | None = None,
-        weight: float = 0.0,
+        weight: float | torch.Tensor | None = None,
         residual: float | torch.Tensor | None = None,
         image_counts: list[int] | None = None,
         adapter: str | None = None,
@@ -305,12 +317,13 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
             input_ids, pseudo_mask, attention_mask (`torch.Tensor` [B, L]): the prompt with its pseudo-words' places.
             modification_ids, modification_mask (`torch.Tensor` [B, L'], *optional*): the modification alone; needed
                 where there is no mapper or `weight` > 0.
-            weight (`float`): -1 to 1. Moves the query along the great circle towards the reference image (negative)
-                or the modification text (positive). 0, the default, leaves it.
+            weight (`float` or `torch.Tensor` [B], *optional*): -1 to 1. Moves the query along the great circle towards
+                the reference image (negative) or the modification text (positive); 0 leaves it. Unless told it is
+                `config.composed_weight`, but 0 for queries of several references or without a text.
             residual (`float` or `torch.Tensor` [B], *optional*): how much of what pseudo-words leave out of their
-                picture, v(x) - q(x), is added to the query, before `weight` moves it; the configuration's unless told,
-                0 for nothing. q(x) is the query's own prompt up to its pseudo-words, "a photo of S*". Queries of
-                several references have none.
+                picture, v(x) - q(x), is added to the query, before `weight` moves it; 0 is nothing, and
+                `config.residual` what is taken unless told. q(x) is the query's own prompt up to its pseudo-words,
+                "a photo of S*". Queries of several references have none.
             image_counts (`list[int]`, *optional*): how many references each query has, where it is not one each. What
                 is given of references then has a row for each of them, in order; for `weight`, and without a mapper,
                 a query's reference is the mean of its references.
@@ -319,50 +332,55 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         Raises:
             ValueError: naming the input that is missing.
         """
-        if not -1 <= weight <= 1:
+        if weight is not None and not (torch.as_tensor(weight).abs() <= 1).all():
             raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
         if adapter is not None:
             self.known_adapter(adapter)
         if pixel_values is not None:
             image_embeds, pseudo_words = self.encode_reference(pixel_values)
-        trained = self.mapper is not None
-        if residual is None:
-            residual = self.config.residual if trained else 0.0
-        elif not trained and isinstance(residual, (int, float)) and residual:
-            raise ValueError("residual is what pseudo-words leave out of a picture; a plain CLIP has none")
-        if trained and pseudo_words is None and image_embeds is not None:
+        if self.mapper is not None and pseudo_words is None and image_embeds is not None:
             pseudo_words = self.get_pseudo_words(image_embeds, patch_states)
         if image_counts is not None and image_embeds is not None:
             parts = image_embeds.split(image_counts)
             image_embeds = F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
-        if image_embeds is None and (not trained or weight < 0 or pseudo_words is None):
-            raise ValueError(
-                "a composed query needs pixel_values, or image_embeds, or (with weight >= 0) pseudo_words"
-            )
-        if not trained or weight > 0:
-            if modification_ids is None:
-                raise ValueError("modification_ids are needed without a mapper, and for weight > 0")
-            text_embeds = F.normalize(self.get_text_features(modification_ids, modification_mask), dim=-1)
-        if not trained:
-            logger.warning_once("No mapper: answering training-free, by slerp between image and modification text.")
-            start = self.config.training_free_weight
-            share = start + weight * ((1 - start) if weight > 0 else start)
-            return slerp(image_embeds, text_embeds, share)
+        if self.mapper is None:
+            return self._training_free_features(image_embeds, modification_ids, modification_mask, weight, residual)
+        if pseudo_words is None:
+            raise ValueError("a composed query needs pixel_values, image_embeds or pseudo_words")
         if input_ids is None or pseudo_mask is None:
             raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
-        if isinstance(residual, torch.Tensor) or residual != 0:
-            if image_embeds is None:
-                raise ValueError("the residual of a query needs image_embeds or pixel_values; residual=0 does without")
-            query, alone = self.encode_with_pictures_alone(input_ids, pseudo_mask, pseudo_words, adapter)
-            share = torch.as_tensor(residual, device=query.device, dtype=query.dtype).expand(len(query))
-            if image_counts is not None:
-                share = share * (torch.tensor(image_counts, device=query.device) == 1)
-            query = F.normalize(query + share[:, None] * (image_embeds - alone), dim=-1)
-        else:
+        single = torch.tensor([n == 1 for n in image_counts or [1] * len(input_ids)], device=input_ids.device)
+        residual = per_query(residual, self.config.residual, single)
+        weight = per_query(weight, self.config.composed_weight, single)
+        residual, weight = (x if x is None else x.to(self.dtype) for x in (residual, weight))
+        to_image, to_text = weight is not None and (weight < 0).any(), weight is not None and (weight > 0).any()
+        if image_embeds is None and (residual is not None or to_image):
+            raise ValueError("image_embeds or pixel_values are needed; residual=0 and weight=0 do without")
+        if modification_ids is None and to_text:
+            raise ValueError("modification_ids are needed; weight=0 does without")
+        if residual is None:
             query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words, adapter=adapter)
-        if weight < 0:
-            return slerp(query, image_embeds, -weight)
-        return slerp(query, text_embeds, weight) if weight > 0 else query
+        else:
+            query, alone = self.encode_with_pictures_alone(input_ids, pseudo_mask, pseudo_words, adapter)
+            query = F.normalize(query + residual * (image_embeds - alone), dim=-1)
+        if to_image:
+            query = slerp(query, image_embeds, -weight).where(weight < 0, query)
+        if to_text:
+            text_embeds = F.normalize(self.get_text_features(modification_ids, modification_mask), dim=-1)
+            moved = (weight > 0) & (self._first_eos(modification_ids) > 1)[:, None]  # EOS comes second in empty texts
+            query = slerp(query, text_embeds, weight).where(moved, query)
+        return query
+
+    def _training_free_features(self, image_embeds, modification_ids, modification_mask, weight, residual):
+        """Composed queries [B, D] of a plain CLIP."""
+        if residual is not None and torch.as_tensor(residual).any():
+            raise ValueError("residual is what pseudo-words leave out of a picture; a plain CLIP has none")
+        if image_embeds is None or modification_ids is None:
+            raise ValueError("without a mapper pixel_values or image_embeds are needed, and modification_ids")
+        logger.warning_once("No mapper: answering training-free, by slerp between image and modification text.")
+        text_embeds = F.normalize(self.get_text_features(modification_ids, modification_mask), dim=-1)
+        start, weight = self.config.training_free_weight, weight or 0.0
+        return slerp(image_embeds, text_embeds, start + weight * ((1 - start) if weight > 0 else start))
 
     def forward(
         self,
@@ -373,7 +391,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         modification_ids: torch.Tensor | None = None,
         modification_mask: torch.Tensor | None = None,
         target_pixel_values: torch.Tensor | None = None,
-        weight: float = 0.0,
+        weight: float | None = None,
         return_dict: bool | None = None,
     ) -> TSCIROutput | tuple:
         """Compose references [B, 3, H, W] and modifications [B, L]; with targets [B, 3, H, W], score them too."""

@@ -128,8 +128,9 @@ class ComposedImageRetrievalPipeline(Pipeline):
             inputs: instead of these, {"image", "text"} (or one of both) or {"content"}, or a list of such queries.
             top_k (`int`): results a query; 10 unless given.
             weight (`float`): -1 to 1, towards the picture (negative) or the text (positive), where a query has both.
-            residual (`float`): how much of what the pseudo-words leave out of a query's picture is added to the query;
-                the model's own unless told, 0 for nothing. Only queries of one picture, and then a text, have it.
+            residual (`float`): how much of what the pseudo-words leave out of a query's picture is added to the query,
+                where that is one picture and then a text. `weight` and this are the model's own for such queries, and
+                0 for others, unless told.
             adapter (`str`): the composing adapter for these queries, of those that the model has.
             return_images (`bool`): False leaves "image" out, which spares the decoding of what is found.
             where, exclude, exact: of a [`Gallery`]: conditions on its metadata, ids to leave out, and whether to leave
@@ -164,7 +165,14 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return self.model.push_to_hub(repo_id, processor=self.processor, **kwargs)
 
     def embed(
-        self, inputs=None, *, image=None, text=None, content=None, weight: float = 0.0, residual: float | None = None
+        self,
+        inputs=None,
+        *,
+        image=None,
+        text=None,
+        content=None,
+        weight: float | None = None,
+        residual: float | None = None,
     ) -> torch.Tensor:
         """L2-normalised embeddings [Q, D] of queries, fp32, on the CPU; arguments as in a search."""
         queries, _ = as_queries(inputs, image, text, content)
@@ -215,7 +223,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         return inputs
 
     def _forward(
-        self, inputs: dict, weight: float = 0.0, residual: float | None = None, adapter: str | None = None
+        self, inputs: dict, weight: float | None = None, residual: float | None = None, adapter: str | None = None
     ) -> dict[str, torch.Tensor]:
         if adapter is not None:
             self.model.known_adapter(adapter)
@@ -232,14 +240,15 @@ class ComposedImageRetrievalPipeline(Pipeline):
             ids, mask = inputs["texts"]["input_ids"], inputs["texts"]["attention_mask"]
             features = self.model.get_text_features(ids[of_kind["text"]], mask[of_kind["text"]])
             queries[of_kind["text"]] = F.normalize(features.float(), dim=-1)
-        if not -1 <= weight <= 1:
+        if weight is not None and not -1 <= weight <= 1:
             raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
         if of_kind["composed"]:
             if residual and not all(inputs["plain"]):
                 raise ValueError("residual is for queries of one picture and then a text, of no other order or number")
-            if words is not None:
-                share = self.model.config.residual if residual is None else residual
-                residual = share and share * torch.tensor(inputs["plain"], device=queries.device)
+            if words is not None and not all(inputs["plain"]):
+                plain, config = torch.tensor(inputs["plain"], device=queries.device), self.model.config
+                residual = config.residual * plain if residual is None else residual
+                weight = config.composed_weight * plain if weight is None else weight
             queries[of_kind["composed"]] = self.model.get_composed_features(
                 **inputs["prompts"],
                 modification_ids=inputs["texts"]["input_ids"][of_kind["composed"]],

@@ -119,7 +119,7 @@ def test_what_is_needed_is_asked_for(folder, monkeypatch, capsys, model_dir):
 def test_what_was_used_is_what_is_recorded(folder, run_script, model_dir, clip_dir, capsys):
     flags = ["--data_dir", folder, "--model_name_or_path"]
     assert run_script(circo.CIRCO, *flags, model_dir, "--method", "slerp")[0]["weight"] == 0.5
-    assert run_script(circo.CIRCO, *flags, model_dir)[0]["weight"] == 0.0
+    assert run_script(circo.CIRCO, *flags, model_dir)[0]["weight"] == 0.2
     plain, _ = run_script(circo.CIRCO, *flags, clip_dir)
     assert (plain["method"], plain["weight"]) == ("slerp", 0.5)
     assert plain["published_counts"] == {"circo": {"queries": 220, "gallery_images": 123_403, "same": False}}
@@ -127,7 +127,7 @@ def test_what_was_used_is_what_is_recorded(folder, run_script, model_dir, clip_d
     with pytest.raises(SystemExit, match="name a training-free method"):
         run_script(circo.CIRCO, *flags, clip_dir, "--weight", "0.5")
     assert run_script(circo.CIRCO, *flags, model_dir, "--residual", "1")[0]["residual"] == 1
-    assert run_script(circo.CIRCO, *flags, model_dir)[0]["residual"] == 0.5
+    assert run_script(circo.CIRCO, *flags, model_dir)[0]["residual"] == 0.75
 
 
 def test_features_that_cannot_be_kept_are_not_lost(tmp_path):

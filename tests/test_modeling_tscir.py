@@ -52,7 +52,7 @@ def test_stage_two_starts_at_stage_one_to_the_bit(stage1, composed):
 def test_adapters_act_on_composed_queries_alone(stage2, composed):
     words = stage2.get_pseudo_words(*stage2.encode_image(composed["pixel_values"]))
     without = stage2.encode_with_pseudo_words(composed["input_ids"], composed["pseudo_mask"], words, adapters=False)
-    stage2.config.residual = 0.0
+    stage2.config.residual = stage2.config.composed_weight = 0.0
     assert not torch.allclose(stage2.get_composed_features(**composed), without)
     for name, parameter in stage2.named_parameters():  # a stage I model with the same mapper
         if "lora_B" in name:
@@ -134,12 +134,16 @@ def test_plain_clip_answers_training_free_by_slerp(stage0, composed, clip, proce
 
 @torch.no_grad()
 def test_weight_moves_a_query_to_its_image_or_its_text(stage2, composed, processor):
-    query = stage2.get_composed_features(**composed)
+    query = stage2.get_composed_features(**composed, weight=0)
     image = stage2.encode_image(composed["pixel_values"])[0]
     text = torch.nn.functional.normalize(stage2.get_text_features(**processor(text=TEXTS)), dim=-1)
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=-1.0), image)
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=1.0), text)
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=0.3), slerp(query, text, 0.3))
+    rows = stage2.get_composed_features(**composed, weight=torch.tensor([0.3, -1.0]))
+    torch.testing.assert_close(rows, torch.stack([slerp(query, text, 0.3)[0], image[1]]))
+    stage2.config.composed_weight = 0.3
+    torch.testing.assert_close(stage2.get_composed_features(**composed), slerp(query, text, 0.3))
     with pytest.raises(ValueError, match="weight"):
         stage2.get_composed_features(**composed, weight=1.5)
 
@@ -151,15 +155,15 @@ def test_the_residual_is_what_pseudo_words_leave_out_of_their_picture(stage2, co
     alone = processor.compose([""] * len(TEXTS))
     sentence = stage2.encode_with_pseudo_words(alone["input_ids"], alone["pseudo_mask"], words)
     expected = torch.nn.functional.normalize(query + 0.7 * (image - sentence), dim=-1)
-    torch.testing.assert_close(stage2.get_composed_features(**composed, residual=0.7), expected)
-    torch.testing.assert_close(stage2.get_composed_features(**composed, residual=0), query)
-    stage2.config.residual = 0.7
+    torch.testing.assert_close(stage2.get_composed_features(**composed, residual=0.7, weight=0), expected)
+    torch.testing.assert_close(stage2.get_composed_features(**composed, residual=0, weight=0), query)
+    stage2.config.residual, stage2.config.composed_weight = 0.7, 0.0
     torch.testing.assert_close(stage2.get_composed_features(**composed), expected)
     moved = stage2.get_composed_features(**composed, weight=-0.3)
     torch.testing.assert_close(moved, slerp(expected, image, 0.3))
     rows = stage2.get_composed_features(**composed, residual=torch.tensor([0.7, 0.0]))
     torch.testing.assert_close(rows, torch.stack([expected[0], query[1]]))
-    with pytest.raises(ValueError, match="residual=0 does without"):
+    with pytest.raises(ValueError, match="residual=0 and weight=0 do without"):
         stage2.get_composed_features(
             input_ids=composed["input_ids"], pseudo_mask=composed["pseudo_mask"], pseudo_words=words
         )
@@ -193,6 +197,22 @@ def test_pictures_alone_come_out_of_the_same_pass(stage2, processor, pictures, a
     assert len(calls) == 2
     for found, expected in zip(twice, together, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_an_empty_text_moves_no_query_and_several_references_have_no_residual(stage2, processor, pictures):
+    empty = processor(images=pictures[:2], text=["", "red"])
+    assert stage2.config.composed_weight > 0 and stage2.config.residual > 0
+    unmoved = stage2.get_composed_features(**empty, weight=0)
+    torch.testing.assert_close(stage2.get_composed_features(**empty)[0], unmoved[0])
+    assert not torch.allclose(stage2.get_composed_features(**empty)[1], unmoved[1])
+    prompts, plain = processor.compose_contents([[None, "red"], [None, "red", None]]), processor(text=["red", "red"])
+    inputs = {k: v for k, v in prompts.items() if k != "attention_mask"}
+    inputs |= {"pixel_values": processor(images=pictures[:3])["pixel_values"], "image_counts": [1, 2]}
+    inputs |= {"modification_ids": plain["input_ids"], "modification_mask": plain["attention_mask"]}
+    bare, ours = stage2.get_composed_features(**inputs, residual=0, weight=0), stage2.get_composed_features(**inputs)
+    torch.testing.assert_close(ours[1], bare[1])
+    assert not torch.allclose(ours[0], bare[0])
 
 
 def test_slerp_keeps_length_and_angle():

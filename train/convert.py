@@ -111,6 +111,7 @@ def convert(
         mapper_activation=known.activation,
         mapper_input=mapper_input,
         residual=0.0,
+        composed_weight=0.0,
     )
     theirs = mapper["mlp.0.weight"].shape[1], mapper["mlp.6.weight"].shape[0]
     ours = model.config.clip_config.projection_dim, model.config.clip_config.text_config.hidden_size

@@ -112,7 +112,7 @@ def plain_start(data: DataArguments, num_pseudo_words: int) -> tuple[TSCIRModel,
         raise ValueError("--validation_rows is for train/stage1.py and stage2.py; this baseline is not validated")
     clip = data.model_name_or_path
     choices = {"num_pseudo_words": num_pseudo_words, "num_injection_blocks": 0, "soft_alignment_weight": 0.0}
-    choices["residual"] = 0.0  # queries as published
+    choices |= {"residual": 0.0, "composed_weight": 0.0}  # queries as published
     model = TSCIRModel.from_clip_pretrained(clip, **choices)
     processor = TSCIRProcessor.from_clip_pretrained(clip, num_pseudo_words)
     return (

@@ -51,7 +51,10 @@ class Stage1Arguments:
         default=None, metadata={"help": "tau_s: the smaller, the more the best-fitting captions count."}
     )
     residual: float | None = field(
-        default=None, metadata={"help": "What queries are to have of v(x) - q(x); nothing is trained for it."}
+        default=None, metadata={"help": "How much of v(x) - q(x) the trained model's queries have."}
+    )
+    composed_weight: float | None = field(
+        default=None, metadata={"help": "How far the trained model's queries stand towards the text."}
     )
     image_template: str = field(
         default="a photo of {image}", metadata={"help": "The sentence that pseudo-words are trained in."}

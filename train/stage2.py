@@ -62,7 +62,10 @@ class Stage2Arguments:
         default=None, metadata={"help": "Cosine to the target above which none is mined."}
     )
     residual: float | None = field(
-        default=None, metadata={"help": "What queries are to have of v(x) - q(x); nothing is trained for it."}
+        default=None, metadata={"help": "How much of v(x) - q(x) the trained model's queries have."}
+    )
+    composed_weight: float | None = field(
+        default=None, metadata={"help": "How far the trained model's queries stand towards the text."}
     )
     hard_negative_refresh: int = field(default=100, metadata={"help": "Steps between two minings."})
 
