@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -35,6 +35,8 @@ METHODS = {
     "slerp": {"weight"},
     "combiner": {"epochs", "learning_rate", "triplets"},
 }
+# How a trained model's queries are made, where it is not as its configuration says.
+QUERIES = ("residual", "weight")
 
 
 @dataclass
@@ -42,10 +44,10 @@ class Grid:
     """What a YAML file says: seeds, forms of stage I, runs, and claims about pairs of runs.
 
     Forms and runs are arguments of train/stage1.py and stage2.py; a form may name another `script`, and a run may be
-    evaluated with a `residual`. A claim names two
-    runs, the better one first, and may add one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or
-    one of the measure's metrics, of which it is then alone.
-    `measure`, one of MEASURES, is what runs are compared by.
+    evaluated with a `residual` and a `weight` of its queries. What all runs have unless they say otherwise is given
+    once: `stage2`, arguments, and `queries`, of these two. A claim names two runs, the better one first, and may add
+    one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or one of the measure's metrics, of which it
+    is then alone. `measure`, one of MEASURES, is what runs are compared by.
     """
 
     seeds: list[int]
@@ -53,30 +55,34 @@ class Grid:
     runs: dict[str, dict]
     claims: dict[str, list[str]]
     measure: str = "retrieval"
+    stage2: dict = field(default_factory=dict)
+    queries: dict = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Grid":
         """Raises `ValueError` for keys that are unknown or missing, and for runs and stages that are not there."""
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if set(content) - {"measure"} != {"seeds", "stage1", "runs", "claims"}:
-            raise ValueError(f"{path} needs seeds, stage1, runs and claims; it has {', '.join(content)}")
+        if set(content) - {"measure", "stage2", "queries"} != {"seeds", "stage1", "runs", "claims"}:
+            raise ValueError(
+                f"{path} needs seeds, stage1, runs and claims, and may have measure, stage2 and queries; "
+                f"it has {', '.join(content)}"
+            )
         if content.get("measure", "retrieval") not in MEASURES:
             raise ValueError(f"{path}: measure is one of {', '.join(MEASURES)}, not {content['measure']!r}")
         grid = cls(**content)
+        check_queries(f"{path}, queries", grid.queries, grid.measure)
         for name, run in grid.runs.items():
             if "method" in run:
                 allowed = {name: METHODS[name] for name in MEASURES[grid.measure].methods}
                 if run["method"] not in allowed or set(run) - allowed[run["method"]] - {"method"}:
                     raise ValueError(f"{path}, run {name!r}: methods and what they may have are {allowed}")
-            elif set(run) - {"stage1", "stage2", "triplets", "residual"} or run.get("stage1") not in grid.stage1:
+            elif set(run) - {"stage1", "stage2", "triplets", *QUERIES} or run.get("stage1") not in grid.stage1:
                 raise ValueError(
-                    f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2, triplets "
-                    "and residual"
+                    f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2, triplets, "
+                    + " and ".join(QUERIES)
                 )
-            elif "residual" in run and grid.measure != "retrieval":
-                raise ValueError(f"{path}, run {name!r}: residual is for measure retrieval, not {grid.measure}")
-            elif not isinstance(run.get("residual", 0), (int, float)):
-                raise ValueError(f"{path}, run {name!r}: residual is a number, not {run['residual']!r}")
+            else:
+                check_queries(f"{path}, run {name!r}", {k: run[k] for k in QUERIES if k in run}, grid.measure)
             try:
                 mixture_of(run)
             except (TypeError, ValueError) as error:
@@ -93,7 +99,7 @@ class Grid:
         """The first run with the same training, whatever it is evaluated with."""
 
         def training(one: dict) -> dict:
-            return {k: v for k, v in one.items() if k != "residual"}
+            return {k: v for k, v in one.items() if k not in QUERIES}
 
         return next(name for name, other in self.runs.items() if training(other) == training(run))
 
@@ -103,6 +109,17 @@ class Grid:
             raise ValueError(f"runs of this grid are {list(self.runs)}, not {sorted(set(runs) - set(self.runs))}")
         claims = {claim: pair for claim, pair in self.claims.items() if set(pair[:2]) <= set(runs)}
         return replace(self, runs={name: run for name, run in self.runs.items() if name in runs}, claims=claims)
+
+
+def check_queries(where: str, told: dict, measure: str) -> None:
+    """Raise `ValueError` for what cannot be told of a run's queries."""
+    if set(told) - set(QUERIES):
+        raise ValueError(f"{where}: known are {' and '.join(QUERIES)}, not {', '.join(set(told) - set(QUERIES))}")
+    for name, value in told.items():
+        if measure != "retrieval":
+            raise ValueError(f"{where}: {name} is for measure retrieval, not {measure}")
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: {name} is a number, not {value!r}")
 
 
 def mixture_of(run: dict) -> Mixture | None:
@@ -190,8 +207,8 @@ class Runner:
         def work() -> None:
             trained.result(), before.result()
             if "stage2" in run:
-                self.train(2, first, triplets, second, seed, run["stage2"] or {})
-            told = {k: v for k, v in run.items() if k == "residual"}
+                self.train(2, first, triplets, second, seed, grid.stage2 | (run["stage2"] or {}))
+            told = grid.queries | {k: run[k] for k in QUERIES if k in run}
             self.evaluate(told | {"model": str(second if "stage2" in run else first)}, result, grid.measure)
 
         return self.once(result, work)

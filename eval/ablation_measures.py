@@ -114,7 +114,8 @@ def composer(
         def composed(part: Split, pictures: torch.Tensor) -> torch.Tensor:
             embeds = pictures[torch.tensor(sorted(set(part.references)))]
             encoded = embeds, pseudo_words(trained[0], embeds, lambda: reference_patches(output, clip, part))
-            return compose("tscir", *trained, part, pictures, encoded=encoded, residual=run.get("residual"))
+            told = {"residual": run.get("residual"), "weight": run.get("weight")}
+            return compose("tscir", *trained, part, pictures, encoded=encoded, **told)
 
         return composed
     if run["method"] != "combiner":

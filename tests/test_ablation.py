@@ -35,6 +35,7 @@ from modeling_tscir.embedding import embed_images
     "name",
     [
         "components",
+        "queries",
         "alternatives",
         "number",
         "quality",
@@ -43,7 +44,6 @@ from modeling_tscir.embedding import embed_images
         "forgetting",
         "tasks",
         "choices",
-        "residual",
     ],
 )
 def test_the_stored_grids_are_understood(name):
@@ -89,6 +89,9 @@ def test_mixtures_are_of_the_number_and_quality_asked_for(tmp_path):
         ({"measure": "taste"}, "measure is one of retrieval, readout, forgetting, tasks, not 'taste'"),
         ({"claims": {"c": ["a", "a", "b"]}}, r"claim 'c': 'b' is none of"),
         ({"measure": "tasks", "runs": {"a": {"stage1": "full", "residual": 1}}}, "residual is for measure retrieval"),
+        ({"measure": "tasks", "queries": {"weight": 0.2}}, "queries: weight is for measure retrieval"),
+        ({"queries": {"weights": 0.2}}, "known are residual and weight, not weights"),
+        ({"runs": {"a": {"stage1": "full", "weight": "a"}}}, "run 'a': weight is a number"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, change, message):
@@ -159,21 +162,28 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
 
 
 def test_runs_that_are_evaluated_otherwise_share_a_training(tmp_path, monkeypatch):
-    trained, evaluated = [], []
-    monkeypatch.setattr(Runner, "train", lambda self, stage, *args: trained.append(args[2]))
+    trained, choices, evaluated = [], [], []
+
+    def train(self, stage, start, data, folder, seed, given):
+        trained.append(folder)
+        choices.append(given)
+
+    monkeypatch.setattr(Runner, "train", train)
     monkeypatch.setattr(Runner, "evaluate", lambda self, run, result, measure: evaluated.append((result.stem, run)))
     runs = {"alone": {"stage1": "full"}, "whole": {"stage1": "full", "stage2": {}},
             "more": {"stage1": "full", "stage2": {}, "residual": 0.5}}  # fmt: skip
-    grid = Grid(seeds=[0], stage1={"full": {}}, runs=runs, claims={})
+    common = {"stage2": {"lora_rank": 2}, "queries": {"residual": 0, "weight": 0.1}}
+    grid = Grid(seeds=[0], stage1={"full": {}}, runs=runs, claims={}, **common)
     runner = Runner(tmp_path, tmp_path / "results", 1, [])
     for done in [runner.run(name, run, grid, 0) for name, run in runs.items()]:
         done.result()
     first, second = tmp_path / "stage1/full-0", tmp_path / "stage2/whole-0"
     assert trained == [first, second, second]  # where nothing is left to do for the second time
+    assert choices == [{}, {"lora_rank": 2}, {"lora_rank": 2}]
     assert evaluated == [
-        ("alone-0", {"model": str(first)}),
-        ("whole-0", {"model": str(second)}),
-        ("more-0", {"residual": 0.5, "model": str(second)}),
+        ("alone-0", {"residual": 0, "weight": 0.1, "model": str(first)}),
+        ("whole-0", {"residual": 0, "weight": 0.1, "model": str(second)}),
+        ("more-0", {"residual": 0.5, "weight": 0.1, "model": str(second)}),
     ]
 
 
