@@ -70,7 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     search.add_argument("--text", action=InOrder, metavar="TEXT", help="a text")
     search.add_argument("--model", help=MODEL_HELP + "; the one the gallery was made with unless told")
     search.add_argument("--top_k", "-k", type=int, default=10, help="how many results (10)")
-    search.add_argument("--weight", type=float, default=0.0, help="-1 to 1: towards the picture or the text")
+    search.add_argument("--weight", type=float, help="-1 to 1: towards the picture or the text (the model's own)")
     search.add_argument(
         "--where",
         action="append",
