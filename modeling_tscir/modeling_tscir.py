@@ -64,13 +64,15 @@ def slerp(start: torch.Tensor, end: torch.Tensor, weight: float | torch.Tensor) 
     return F.normalize(torch.where(near, (1 - weight) * start + weight * end, along), dim=-1)
 
 
-def per_query(given: float | torch.Tensor | None, default: float, single: torch.Tensor) -> torch.Tensor | None:
+def per_query(
+    given: float | torch.Tensor | None, default: float, single: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | None:
     """What is `given`, or else `default` where `single` [B] is True, for each query: [B, 1], or None for nothing."""
     if given is None:
-        return (default * single)[:, None] if default else None
-    if isinstance(given, torch.Tensor):
-        return given.to(single.device)[:, None]
-    return torch.full((len(single), 1), float(given), device=single.device) if given else None
+        given = default * single if default else 0.0
+    if not isinstance(given, torch.Tensor):
+        given = torch.full(single.shape, float(given), device=single.device) if given else None
+    return None if given is None else given.to(single.device, dtype)[:, None]
 
 
 class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
@@ -350,10 +352,10 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
         if input_ids is None or pseudo_mask is None:
             raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
         single = torch.tensor([n == 1 for n in image_counts or [1] * len(input_ids)], device=input_ids.device)
-        residual = per_query(residual, self.config.residual, single)
-        weight = per_query(weight, self.config.composed_weight, single)
-        residual, weight = (x if x is None else x.to(self.dtype) for x in (residual, weight))
-        to_image, to_text = weight is not None and (weight < 0).any(), weight is not None and (weight > 0).any()
+        lean = self.config.composed_weight if weight is None else weight
+        to_image, to_text = (bool(x.any()) if isinstance(x, torch.Tensor) else x for x in (lean < 0, lean > 0))
+        residual = per_query(residual, self.config.residual, single, self.dtype)
+        weight = per_query(weight, self.config.composed_weight, single, self.dtype)
         if image_embeds is None and (residual is not None or to_image):
             raise ValueError("image_embeds or pixel_values are needed; residual=0 and weight=0 do without")
         if modification_ids is None and to_text:

@@ -38,6 +38,7 @@ def inputs(config: TSCIRConfig, device: str, dtype: torch.dtype) -> dict[str, to
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 4 : 4 + words] = True
     made = {"pixel_values": torch.randn(2, 3, size, size, generator=generator).to(dtype), "input_ids": ids}
+    made["modification_ids"] = ids[:, 4 + words :]
     return {name: tensor.to(device) for name, tensor in (made | {"pseudo_mask": mask}).items()}
 
 
