@@ -42,10 +42,19 @@ METHODS = {
     "slerp": "slerp, weight tuned on val",
     "mlp": "stage I, plain MLP mapper",
     "stage1": "stage I, injection and soft alignment",
-    "stage2": "stage II",
+    "stage1_moved": "stage I, with residual and text",
+    "stage2_prompt": "stage II, prompt alone",
+    "stage2": "stage II, with residual and text",
     "oracle": "caption oracle (target's full caption)",
 }
-TRAINED = ("mlp", "stage1", "stage2")
+PROMPT_ALONE = {"residual": 0.0, "weight": 0.0}
+TRAINED = {  # the folder of each, and how its queries are made, where it is not as the model says
+    "mlp": ("mlp", PROMPT_ALONE),
+    "stage1": ("stage1", PROMPT_ALONE),
+    "stage1_moved": ("stage1", {}),
+    "stage2_prompt": ("stage2", PROMPT_ALONE),
+    "stage2": ("stage2", {}),
+}
 SHOWN = {
     "cirr_recall_at_1": "R@1",
     "cirr_recall_at_10": "R@10",
@@ -81,7 +90,10 @@ def compare(output: Path, world: Path, short: bool, clip_dir: Path) -> tuple[dic
         split, stage II queries and picture embeddings, to be drawn.
     """
     clip = TSCIRModel.from_clip_pretrained(clip_dir), TSCIRProcessor.from_clip_pretrained(clip_dir)
-    models = {m: (TSCIRModel.from_pretrained(output / m), TSCIRProcessor.from_pretrained(output / m)) for m in TRAINED}
+    models = {
+        name: (TSCIRModel.from_pretrained(output / name), TSCIRProcessor.from_pretrained(output / name))
+        for name in {folder for folder, _ in TRAINED.values()}
+    }
     results: dict[str, dict] = {method: {} for method in METHODS}
     per_query: dict[str, dict] = {}
     drawn = ()
@@ -143,8 +155,9 @@ def queries_of(
     if method == "oracle":
         captions = json.loads((world / "test/CIRR/full_captions.json").read_text(encoding="utf-8"))
         return embed_texts(*clip, [captions[split.image_ids[truths[0]]] for truths in split.truths])
-    if method in models:
-        return compose("tscir", *models[method], split, embeds)
+    if method in TRAINED:
+        folder, told = TRAINED[method]
+        return compose("tscir", *models[folder], split, embeds, **told)
     return compose(method, *clip, split, embeds, weights.get(method))
 
 

@@ -15,7 +15,14 @@ import numpy as np
 from miniature.compare import METHODS, SHOWN, mean_and_standard_error
 
 
-DIFFERENCES = (("stage2", "sum"), ("stage2", "stage1"), ("stage1", "mlp"))
+DIFFERENCES = (
+    ("stage2", "sum"),
+    ("stage2", "stage1"),
+    ("stage2", "stage1_moved"),
+    ("stage2", "stage2_prompt"),
+    ("stage2_prompt", "stage1"),
+    ("stage1", "mlp"),
+)
 
 
 def read(folder: Path, name: str) -> dict:
@@ -39,7 +46,8 @@ def main() -> None:
     best = max(("image", "text", "sum", "slerp"), key=r1.__getitem__)
     closed = (r1["stage2"] - r1[best]) / (r1["oracle"] - r1[best])
     lines += ["", f"R@1: stage II closes {closed:.0%} of the distance from {best} to the caption oracle"]
-    lines.append(f"R@1: stage II is {r1['stage2'] / r1['stage1']:.2f} times stage I")
+    for method, other in (("stage2", "stage1"), ("stage2", "stage1_moved"), ("stage2_prompt", "stage1")):
+        lines.append(f"R@1: {METHODS[method]} is {r1[method] / r1[other]:.2f} times {METHODS[other]}")
     for method, other in DIFFERENCES:
         for name, title in SHOWN.items():
             difference = np.mean(

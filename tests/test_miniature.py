@@ -244,6 +244,7 @@ def test_stored_weights_are_small():
 
 def test_seeds_are_averaged_and_compared_in_pairs(tmp_path, monkeypatch, capsys):
     shares = dict.fromkeys(("image", "text", "slerp", "mlp"), 0.0) | {"sum": 0.25, "stage1": 0.5, "stage2": 1.0}
+    shares |= {"stage1_moved": 0.5, "stage2_prompt": 1.0}
     shares["oracle"] = 1.25  # no such share, but a number whose distances are easily read
     for seed in (0, 1):
         folder = tmp_path / str(seed)
