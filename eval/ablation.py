@@ -157,9 +157,13 @@ class Runner:
         return self.stages[folder]
 
     def train(self, stage: int, start: Path, data: Path, folder: Path, seed: int, choices: dict) -> None:
-        if (folder / "training_arguments.json").is_file():  # written last
+        choices, record = dict(choices), folder / "training_arguments.json"
+        if record.is_file():  # written last
+            held = json.loads(record.read_text(encoding="utf-8"))
+            other = {k: held.get(k) for k, v in choices.items() if k != "script" and held.get(k) != v}
+            if other:
+                raise ValueError(f"{folder} was trained with {other}, not {choices}; remove it, or rename the run")
             return
-        choices = dict(choices)
         command = [sys.executable, choices.pop("script", f"train/stage{stage}.py")]
         command += ["--config", f"train/recipes/miniature_stage{stage}.yaml", "--seed", seed]
         command += ["--model_name_or_path", start, "--dataset_name", data, "--output_dir", folder]

@@ -128,7 +128,9 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
         else:
             folder = command[command.index("--output_dir") + 1]
             folder.mkdir(parents=True)
-            (folder / "training_arguments.json").write_text("{}", "utf-8")
+            flags = dict(zip(command[2::2], command[3::2], strict=False))
+            given = {k: int(flags[f"--{k}"]) for k in ("lora_rank", "num_injection_blocks") if f"--{k}" in flags}
+            (folder / "training_arguments.json").write_text(json.dumps(given), "utf-8")
 
     monkeypatch.setattr(Runner, "_call", call)
     output, results = tmp_path / "out", tmp_path / "results"
@@ -159,6 +161,15 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
     monkeypatch.setattr(Runner, "_call", lambda self, command, log: commands.append([str(c) for c in command]))
     run_all()
     assert len(commands) == 2 and commands[0][-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+def test_a_folder_of_another_training_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2/training_arguments.json").write_text('{"lora_rank": 4, "seed": 0}', "utf-8")
+    runner = Runner(tmp_path, tmp_path / "results", 1, [])
+    runner.train(2, tmp_path, tmp_path, tmp_path / "stage2", 0, {"lora_rank": 4})
+    with pytest.raises(ValueError, match=r"was trained with \{'lora_rank': 4\}, not"):
+        runner.train(2, tmp_path, tmp_path, tmp_path / "stage2", 0, {"lora_rank": 2})
 
 
 def test_runs_that_are_evaluated_otherwise_share_a_training(tmp_path, monkeypatch):
