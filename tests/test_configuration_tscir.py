@@ -34,6 +34,8 @@ def test_openai_end_of_text_id_is_the_last_id():
         {"num_pseudo_words": 0},
         {"num_injection_blocks": -1},
         {"training_free_weight": 1.5},
+        {"composed_weight": -1.5},
+        {"residual": float("nan")},
         {"soft_alignment_temperature": 0},
         {"mined_negative_weight": -0.1},
     ],

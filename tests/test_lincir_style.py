@@ -69,6 +69,7 @@ def test_it_trains_a_mapper_that_answers(launch_lincir, tmp_path, processor, pic
     folder = launch_lincir("--max_steps", 3, "--num_pseudo_words", 2)
     model = TSCIRModel.from_pretrained(folder)
     assert model.config.stage == 1 and model.config.num_injection_blocks == 0
+    assert model.config.residual == model.config.composed_weight == 0  # queries as published
     query = TSCIRProcessor.from_pretrained(folder)(images=pictures[:2], text=["red", ""])
     assert model.get_composed_features(**query).isfinite().all()
 

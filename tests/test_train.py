@@ -22,7 +22,7 @@ from loop import Progress
 from mining import Miner
 from safetensors.torch import load_file
 
-from modeling_tscir import BadImagesError, TSCIRModel, TSCIRProcessor
+from modeling_tscir import BadImagesError, TSCIRConfig, TSCIRModel, TSCIRProcessor
 
 
 def test_frozen_features_are_shared_between_runs(launch, clip_dir, tmp_path, monkeypatch):
@@ -50,9 +50,11 @@ def test_targets_are_embedded_once_for_several_runs(launch, stage1_folder, tmp_p
     embedded = []
     embed = stage2_script.embed_images
     monkeypatch.setattr(stage2_script, "embed_images", lambda *args, **kw: embedded.append(1) or embed(*args, **kw))
-    flags = ["--max_steps", 2, "--feature_cache_dir", tmp_path / "cache"]
+    flags = ["--max_steps", 2, "--feature_cache_dir", tmp_path / "cache", "--residual", 0, "--composed_weight", 0.1]
     tensors = [launch(stage2_script, stage1_folder, tmp_path / name, *flags) for name in ("a", "b")]
     assert len(embedded) == 1 and same(*tensors)
+    config = TSCIRConfig.from_pretrained(tmp_path / "a")
+    assert (config.residual, config.composed_weight) == (0, 0.1)  # what its queries are to be made of
     launch(stage2_script, stage1_folder, tmp_path / "c", "--max_steps", 1)
     assert len(embedded) == 2
 
