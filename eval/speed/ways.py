@@ -33,8 +33,8 @@ PEERS = Levers()
 # ----- composed queries
 
 
-def our_queries(setting: Setting, compiled: bool = False) -> Callable:
-    """Through the pipeline; result pictures are not decoded, as the peers return names."""
+def our_queries(setting: Setting, compiled: bool = False, **options) -> Callable:
+    """Through the pipeline, with its `options`; result pictures are not decoded, as the peers return names."""
     model, processor = setting.model(1)
     if compiled:
         model.clip.vision_model.compile()
@@ -45,7 +45,7 @@ def our_queries(setting: Setting, compiled: bool = False) -> Callable:
     queries = [{"image": path, "text": text} for path, text in zip(setting.photos, setting.texts, strict=True)]
 
     def run() -> None:
-        cir(queries, top_k=10, return_images=False)
+        cir(queries, top_k=10, return_images=False, **options)
 
     return run
 

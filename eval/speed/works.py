@@ -70,6 +70,7 @@ SORT, NAMES = Levers(partial_sort=True), Levers(few_names=True)
 QUERIES = {
     "ours": our_queries,
     "ours, + torch.compile": partial(our_queries, compiled=True),
+    "ours, + prompt alone": partial(our_queries, residual=0.0, weight=0.0),
     "limit": limit_of_queries,
     **with_levers(peers_queries, short_texts=SHORT, bf16=BF16, partial_sort=SORT, few_names=NAMES),
 }
