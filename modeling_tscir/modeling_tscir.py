@@ -381,8 +381,9 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, PreTrainedModel):
             raise ValueError("without a mapper pixel_values or image_embeds are needed, and modification_ids")
         logger.warning_once("No mapper: answering training-free, by slerp between image and modification text.")
         text_embeds = F.normalize(self.get_text_features(modification_ids, modification_mask), dim=-1)
-        start, weight = self.config.training_free_weight, weight or 0.0
-        return slerp(image_embeds, text_embeds, start + weight * ((1 - start) if weight > 0 else start))
+        start = self.config.training_free_weight
+        weight = torch.as_tensor(0.0 if weight is None else weight).to(image_embeds).reshape(-1, 1)  # [B or 1, 1]
+        return slerp(image_embeds, text_embeds, start + weight * torch.where(weight > 0, 1 - start, start))
 
     def forward(
         self,

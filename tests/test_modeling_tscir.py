@@ -127,6 +127,8 @@ def test_plain_clip_answers_training_free_by_slerp(stage0, composed, clip, proce
     torch.testing.assert_close(features, slerp(image, text, 0.5))
     torch.testing.assert_close(stage0.get_composed_features(**composed, weight=1.0), text)
     torch.testing.assert_close(stage0.get_composed_features(**composed, weight=-1.0), image)
+    rows = stage0.get_composed_features(**composed, weight=torch.tensor([1.0, -1.0]))
+    torch.testing.assert_close(rows, torch.stack([text[0], image[1]]))
     torch.testing.assert_close(stage0(**composed).query_embeds, features)
     with pytest.raises(ValueError, match="leave out of a picture; a plain CLIP has none"):
         stage0.get_composed_features(**composed, residual=1.0)
