@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from modeling_tscir import TSCIRModel, TSCIROutput, TSCIRProcessor
-from modeling_tscir.modeling_tscir import slerp
+from modeling_tscir.queries import slerp
 
 
 TEXTS = ["red", "that is * red"]
@@ -138,7 +138,8 @@ def test_plain_clip_answers_training_free_by_slerp(stage0, composed, clip, proce
 def test_weight_moves_a_query_to_its_image_or_its_text(stage2, composed, processor):
     query = stage2.get_composed_features(**composed, weight=0)
     image = stage2.encode_image(composed["pixel_values"])[0]
-    text = torch.nn.functional.normalize(stage2.get_text_features(**processor(text=TEXTS)), dim=-1)
+    ids = processor(text=TEXTS)["input_ids"]  # the modification is read through the adapters, as its prompt is
+    text = stage2.encode_with_pseudo_words(ids, torch.zeros_like(ids).bool(), image.new_zeros(0, 4, 32))
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=-1.0), image)
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=1.0), text)
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=0.3), slerp(query, text, 0.3))
@@ -173,32 +174,41 @@ def test_the_residual_is_what_pseudo_words_leave_out_of_their_picture(stage2, co
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
-def test_pictures_alone_come_out_of_the_same_pass(stage2, processor, pictures, attention):
-    """The second EOS changes nothing of the prompt, and the rest of the prompt nothing of it."""
+def test_what_a_query_is_made_of_comes_out_of_one_pass(stage2, processor, pictures, attention):
+    """Prompt, pictures alone and modification change nothing of each other, and are what a pass for each gives."""
     stage2.set_attn_implementation(attention)
     texts = ["red", "that is a much longer one , and then red", "", "red " * 90]
     prompts, alone = processor.compose(texts), processor.compose([""] * len(texts))
+    ids, places, asked = prompts["input_ids"], prompts["pseudo_mask"], processor(text=texts)["input_ids"]
     words = stage2.encode_reference(processor(images=pictures[: len(texts)])["pixel_values"])[1]
-    together = stage2.encode_with_pictures_alone(prompts["input_ids"], prompts["pseudo_mask"], words)
-    for found, one in zip(together, (prompts, alone), strict=True):
-        expected = stage2.encode_with_pseudo_words(one["input_ids"], one["pseudo_mask"], words)
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    # A kind of attention that takes no mask of ours goes through the text tower twice.
-    stage2.clip.text_model.config._attn_implementation = "flex_attention"
+    passes = []
+    stage2.clip.text_model.encoder.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    together = stage2.encode_query_parts(ids, places, words, asked)
+    assert len(passes) == 1
+    expected = [
+        stage2.encode_with_pseudo_words(ids, places, words),
+        stage2.encode_with_pseudo_words(alone["input_ids"], alone["pseudo_mask"], words),
+        stage2.encode_with_pseudo_words(asked, torch.zeros_like(asked).bool(), words[:0]),
+    ]
+    for found, one in zip(together, expected, strict=True):
+        torch.testing.assert_close(found, one, atol=1e-6, rtol=1e-5)
+    without = stage2.encode_query_parts(ids, places, words)
+    for found, one in zip(without, expected[:2], strict=True):
+        torch.testing.assert_close(found, one, atol=1e-6, rtol=1e-5)
+    # A kind of attention that takes no mask of ours goes through the text tower for each.
+    passes.clear()
+    kind = type(stage2.clip.text_model.config)._attn_implementation
     with pytest.MonkeyPatch.context() as patched:
-        states = stage2._text_states
-
-        def seen(*args):
-            stage2.clip.text_model.config._attn_implementation = attention
-            calls.append(args)
-            return states(*args)
-
-        calls = []
-        patched.setattr(stage2, "_text_states", seen)
-        twice = stage2.encode_with_pictures_alone(prompts["input_ids"], prompts["pseudo_mask"], words)
-    assert len(calls) == 2
-    for found, expected in zip(twice, together, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        answers = iter(["flex_attention"])
+        patched.setattr(
+            type(stage2.clip.text_model.config),
+            "_attn_implementation",
+            property(lambda self: next(answers, attention), kind.fset),
+        )
+        apart = stage2.encode_query_parts(ids, places, words, asked)
+    assert len(passes) == 3
+    for found, one in zip(apart, expected, strict=True):
+        torch.testing.assert_close(found, one, atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -1,0 +1,236 @@
+"""Composed queries: sentences that hold pseudo-words, and what is made of them."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import logging
+
+from .adapters import composing
+
+
+logger = logging.get_logger(__name__)
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """The point at share `weight` of the great circle from `start` to `end`, L2-normalised vectors [..., D].
+
+    `weight` is one for all, or [..., 1].
+    """
+    cosine = (start * end).sum(-1, keepdim=True).clamp(-1, 1)
+    angle = torch.acos(cosine)
+    # Where the angle vanishes, so does the sine below, and any mixture is the point itself.
+    near = angle < 1e-4
+    sine = torch.where(near, torch.ones_like(angle), torch.sin(angle))
+    along = (torch.sin((1 - weight) * angle) * start + torch.sin(weight * angle) * end) / sine
+    return F.normalize(torch.where(near, (1 - weight) * start + weight * end, along), dim=-1)
+
+
+def per_query(
+    given: float | torch.Tensor | None, default: float, single: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """What is `given`, or else `default` where `single` [B] is True, for each query: [B, 1], or None for nothing."""
+    if given is None:
+        given = default * single if default else 0.0
+    if not isinstance(given, torch.Tensor):
+        given = torch.full(single.shape, float(given), device=single.device) if given else None
+    return None if given is None else given.to(single.device, dtype)[:, None]
+
+
+class QueryMixin:
+    """How [`TSCIRModel`] makes queries."""
+
+    def encode_with_pseudo_words(
+        self,
+        input_ids: torch.Tensor,
+        pseudo_mask: torch.Tensor,
+        pseudo_words: torch.Tensor,
+        adapters: bool = True,
+        adapter: str | None = None,
+    ) -> torch.Tensor:
+        """Sentences that hold pseudo-words, [B, D], L2-normalised.
+
+        Args:
+            input_ids (`torch.LongTensor` [B, L]): right-padded; ids under the mask do not matter.
+            pseudo_mask (`torch.BoolTensor` [B, L]): True at the M places of each row that its pseudo-words take.
+            pseudo_words (`torch.Tensor` [B, M, d_t]).
+            adapters (`bool`): whether the composing adapters act, where the model has some.
+            adapter (`str`, *optional*): which of them, rather than the active one.
+
+        Raises:
+            ValueError: if places and pseudo-words differ in number, and for an unknown adapter.
+        """
+        name = (self.active_adapter if adapter is None else self.known_adapter(adapter)) if adapters else None
+        hidden = self._text_states(input_ids, pseudo_mask, pseudo_words, name)
+        return self._sentence(hidden, self._first_eos(input_ids))
+
+    def encode_query_parts(
+        self,
+        input_ids: torch.Tensor,
+        pseudo_mask: torch.Tensor,
+        pseudo_words: torch.Tensor,
+        modification_ids: torch.Tensor | None = None,
+        adapter: str | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The prompt, as `encode_with_pseudo_words` gives it, q(x) and the modification's embedding, [B, D] each.
+
+        q(x) is the prompt ended behind its pseudo-words. All of them are read through the composing adapters, in one
+        pass that reads the tower's weights once: a row has a second EOS behind its pseudo-words, and the modification
+        (where `modification_ids` [B, L'] are given) behind its prompt, and no sentence sees or is moved by another.
+        """
+        name = self.active_adapter if adapter is None else self.known_adapter(adapter)
+        end_id, places = self.config.text_eos_token_id, torch.arange(input_ids.shape[1] + 1, device=input_ids.device)
+        ends = 1 + (pseudo_mask * places[:-1]).amax(-1, keepdim=True)  # [B, 1]: where the second EOS goes
+        if self.clip.text_model.config._attn_implementation not in ("eager", "sdpa"):  # others take no mask of ours
+            longest = int(ends.max()) + 1
+            alone_ids = input_ids.where(places[:-1] < ends, end_id)[:, :longest]
+            sentences = [(input_ids, pseudo_mask, pseudo_words), (alone_ids, pseudo_mask[:, :longest], pseudo_words)]
+            if modification_ids is not None:
+                sentences.append((modification_ids, torch.zeros_like(modification_ids).bool(), pseudo_words[:0]))
+            return tuple(self._sentence(self._text_states(*x, name), self._first_eos(x[0])) for x in sentences)
+        positions = places - (places > ends).long()  # [B, L + 1]
+        ids = input_ids.gather(1, positions).masked_fill(places == ends, end_id)
+        mask = pseudo_mask.gather(1, positions) & (places < ends)
+        hidden_end = (places == ends)[:, None, :] & (places > ends)[:, :, None]  # [B, L + 1, L + 1]
+        visible = (places[None, :] <= places[:, None]) & ~hidden_end
+        stops = [self._first_eos(input_ids) + 1, ends.squeeze(-1)]
+        if modification_ids is not None:
+            stops.append(len(places) + self._first_eos(modification_ids))
+            own = torch.arange(modification_ids.shape[1], device=input_ids.device)
+            ids, positions = torch.cat([ids, modification_ids], 1), torch.cat([positions, own.expand(len(ids), -1)], 1)
+            mask, visible = F.pad(mask, (0, len(own))), F.pad(visible, (0, len(own), 0, len(own)))
+            visible[:, len(places) :, len(places) :] = own[None, :] <= own[:, None]
+        hidden = self._text_states(ids, mask, pseudo_words, name, positions, visible)
+        return tuple(self._sentence(hidden, stop) for stop in stops)
+
+    def _text_states(
+        self,
+        input_ids: torch.Tensor,
+        pseudo_mask: torch.Tensor,
+        pseudo_words: torch.Tensor,
+        adapter: str | None,
+        positions: torch.Tensor | None = None,
+        visible: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Last states [B, L, d_t]; `visible` [B, L, L] in place of what causal attention sees."""
+        countable = not (torch.compiler.is_compiling() or pseudo_mask.is_meta)
+        if countable and int(pseudo_mask.sum()) != pseudo_words.shape[:2].numel():
+            raise ValueError(
+                f"pseudo_mask has {int(pseudo_mask.sum())} places for {pseudo_words.shape[:2].numel()} pseudo-words; "
+                f"make the processor with num_pseudo_words={pseudo_words.shape[1]}"
+            )
+        text_model = self._merged.get(adapter, self.clip.text_model)
+        words = text_model.embeddings.token_embedding(input_ids)  # [B, L, d_t]
+        words = words.masked_scatter(pseudo_mask.unsqueeze(-1), pseudo_words.to(words.dtype))
+        if visible is None:
+            hidden = text_model.embeddings(inputs_embeds=words)  # adds positions
+            # Attention is causal and padding is on the right, so the state at EOS does not see it: no padding mask.
+            mask = create_causal_mask(
+                config=text_model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
+            )
+        else:
+            hidden = words + text_model.embeddings.position_embedding(positions)
+            mask = hidden.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(hidden.dtype).min)[:, None]
+        with nullcontext() if adapter in self._merged else composing(text_model, adapter):
+            hidden = text_model.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
+        return text_model.final_layer_norm(hidden)
+
+    def _sentence(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Embeddings [B, D], L2-normalised, of sentences that end at `places` [B]."""
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), places]
+        return F.normalize(self.clip.text_projection(pooled), dim=-1)
+
+    def _first_eos(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return (input_ids == self.config.text_eos_token_id).int().argmax(-1)  # [B]
+
+    def get_composed_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pseudo_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        modification_ids: torch.Tensor | None = None,
+        modification_mask: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
+        patch_states: torch.Tensor | None = None,
+        pseudo_words: torch.Tensor | None = None,
+        weight: float | torch.Tensor | None = None,
+        residual: float | torch.Tensor | None = None,
+        image_counts: list[int] | None = None,
+        adapter: str | None = None,
+    ) -> torch.Tensor:
+        """Composed queries [B, D], L2-normalised, from what [`TSCIRProcessor`] makes of images and texts.
+
+        Args:
+            pixel_values (`torch.Tensor` [B, 3, H, W], *optional*): reference images; else give what was computed from
+                them: `image_embeds` [B, D] with `patch_states` [B, N, d_v], or `pseudo_words` [B, M, d_t].
+            input_ids, pseudo_mask, attention_mask (`torch.Tensor` [B, L]): the prompt with its pseudo-words' places.
+            modification_ids, modification_mask (`torch.Tensor` [B, L'], *optional*): the modification alone; needed
+                where there is no mapper or `weight` > 0.
+            weight (`float` or `torch.Tensor` [B], *optional*): -1 to 1. Moves the query along the great circle towards
+                the reference image (negative) or the modification text (positive); 0 leaves it. Unless told it is
+                `config.composed_weight`, but 0 for queries of several references or without a text.
+            residual (`float` or `torch.Tensor` [B], *optional*): how much of what pseudo-words leave out of their
+                picture, v(x) - q(x), is added to the query, before `weight` moves it; 0 is nothing, and
+                `config.residual` what is taken unless told. q(x) is the query's own prompt up to its pseudo-words,
+                "a photo of S*". Queries of several references have none.
+            image_counts (`list[int]`, *optional*): how many references each query has, where it is not one each. What
+                is given of references then has a row for each of them, in order; for `weight`, and without a mapper,
+                a query's reference is the mean of its references.
+            adapter (`str`, *optional*): the composing adapter for these queries, rather than the active one.
+
+        Raises:
+            ValueError: naming the input that is missing.
+        """
+        if weight is not None and not (torch.as_tensor(weight).abs() <= 1).all():
+            raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
+        if adapter is not None:
+            self.known_adapter(adapter)
+        if pixel_values is not None:
+            image_embeds, pseudo_words = self.encode_reference(pixel_values)
+        if self.mapper is not None and pseudo_words is None and image_embeds is not None:
+            pseudo_words = self.get_pseudo_words(image_embeds, patch_states)
+        if image_counts is not None and image_embeds is not None:
+            parts = image_embeds.split(image_counts)
+            image_embeds = F.normalize(torch.stack([part.mean(0) for part in parts]), dim=-1)
+        if self.mapper is None:
+            return self._training_free_features(image_embeds, modification_ids, modification_mask, weight, residual)
+        if pseudo_words is None:
+            raise ValueError("a composed query needs pixel_values, image_embeds or pseudo_words")
+        if input_ids is None or pseudo_mask is None:
+            raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
+        single = torch.tensor([n == 1 for n in image_counts or [1] * len(input_ids)], device=input_ids.device)
+        lean = self.config.composed_weight if weight is None else weight
+        to_image, to_text = (bool(x.any()) if isinstance(x, torch.Tensor) else x for x in (lean < 0, lean > 0))
+        residual = per_query(residual, self.config.residual, single, self.dtype)
+        weight = per_query(weight, self.config.composed_weight, single, self.dtype)
+        if image_embeds is None and (residual is not None or to_image):
+            raise ValueError("image_embeds or pixel_values are needed; residual=0 and weight=0 do without")
+        if modification_ids is None and to_text:
+            raise ValueError("modification_ids are needed; weight=0 does without")
+        if residual is None and not to_text:
+            query = self.encode_with_pseudo_words(input_ids, pseudo_mask, pseudo_words, adapter=adapter)
+        else:
+            asked = modification_ids if to_text else None
+            query, alone, *rest = self.encode_query_parts(input_ids, pseudo_mask, pseudo_words, asked, adapter)
+            if residual is not None:
+                query = F.normalize(query + residual * (image_embeds - alone), dim=-1)
+        if to_image:
+            query = slerp(query, image_embeds, -weight).where(weight < 0, query)
+        if to_text:
+            moved = (weight > 0) & (self._first_eos(modification_ids) > 1)[:, None]  # EOS comes second in empty texts
+            query = slerp(query, rest[0], weight).where(moved, query)
+        return query
+
+    def _training_free_features(self, image_embeds, modification_ids, modification_mask, weight, residual):
+        """Composed queries [B, D] of a plain CLIP."""
+        if residual is not None and torch.as_tensor(residual).any():
+            raise ValueError("residual is what pseudo-words leave out of a picture; a plain CLIP has none")
+        if image_embeds is None or modification_ids is None:
+            raise ValueError("without a mapper pixel_values or image_embeds are needed, and modification_ids")
+        logger.warning_once("No mapper: answering training-free, by slerp between image and modification text.")
+        text_embeds = F.normalize(self.get_text_features(modification_ids, modification_mask), dim=-1)
+        start = self.config.training_free_weight
+        weight = torch.as_tensor(0.0 if weight is None else weight).to(image_embeds).reshape(-1, 1)  # [B or 1, 1]
+        return slerp(image_embeds, text_embeds, start + weight * torch.where(weight > 0, 1 - start, start))
