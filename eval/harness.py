@@ -22,8 +22,8 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_queries, embed_texts
 from modeling_tscir.feature_cache import cached, feature_key, file_fingerprints, is_cached, preprocessing_of
 from modeling_tscir.images import find_bad_images, handle_bad_images
-from modeling_tscir.queries import slerp
 from modeling_tscir.publishing import versions
+from modeling_tscir.queries import slerp
 from modeling_tscir.ranking import Ranking, rank_candidates, rank_gallery
 
 

@@ -71,10 +71,28 @@ def test_filters_by_clip(data, tmp_path, clip_dir, capsys):
     with pytest.raises(SystemExit, match="pictures nearly identical"):
         run(data, tmp_path / "b", "--model_name_or_path", clip_dir, "--min_caption_fit", -1,
             "--max_image_similarity", -1)  # fmt: skip
-    rows = run(
-        data, tmp_path / "c", "--model_name_or_path", clip_dir, "--min_caption_fit", -1, "--max_image_similarity", 1.1
-    )
-    assert len(rows) == 6
+    with pytest.raises(SystemExit, match="caption does not tell them apart.*Lower --min_caption_gain"):
+        run(
+            data,
+            tmp_path / "c",
+            "--model_name_or_path",
+            clip_dir,
+            "--min_caption_gain",
+            2,
+            "--max_image_similarity",
+            1,
+        )
+    lenient = ["--min_caption_fit", -1, "--max_image_similarity", 1.1, "--min_caption_gain", -2]
+    rows = run(data, tmp_path / "d", "--model_name_or_path", clip_dir, *lenient)
+    assert len(rows) == 8 and set(rows["kind"]) == {"caption"}
+    assert all(row["target_caption"] in row["modification"] for row in rows)
+
+
+def test_limits_of_the_other_kind_of_pairs_are_refused(data, tmp_path, clip_dir, capsys):
+    for flags in (["--min_caption_gain", 0.1], ["--model_name_or_path", clip_dir, "--min_similarity", 0.1]):
+        with pytest.raises(SystemExit):
+            run(data, tmp_path / "out", *flags)
+    assert "--min_similarity is for pairs made without --model_name_or_path" in capsys.readouterr().err
 
 
 def test_texts_written_by_a_language_model(data, tmp_path, server, capsys):  # noqa: F811

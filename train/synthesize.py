@@ -3,8 +3,10 @@
     python train/synthesize.py --dataset_name user/captions --output_dir runs/triplets --num_triplets 100000
     accelerate launch train/stage2.py --model_name_or_path runs/stage1 --dataset_name runs/triplets ...
 
-Pictures whose captions say nearly the same are paired, and the modification says in what they differ. Low quality: by
-template, from the captions' words alone, at thousands a second. High quality: written by a language model,
+With a CLIP (--model_name_or_path) similar pictures are paired that the target's caption tells apart, and that caption
+is the modification. Without, captions that say nearly the same are paired, at thousands a second, and the modification
+says in which words they differ, by template. High quality: the same pairs, their modifications written by a language
+model,
 
     --quality high --language_model NAME --endpoint http://localhost:8000/v1     (any OpenAI-compatible server)
     --quality high --language_model FOLDER_OR_HUB_NAME                           (a chat model of transformers)
@@ -26,6 +28,7 @@ from caption_pairs import Change, changes_between, diversity, near_captions, wor
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from language_model import ChatModel, Endpoint, Writer
+from picture_pairs import told_apart
 from rows import BUILDERS, check_columns, text_problem
 from tqdm.auto import tqdm
 
@@ -40,8 +43,19 @@ FUNCTION_WORDS = ARTICLES | {
     "and", "are", "at", "be", "by", "her", "his", "in", "is", "it", "its", "of", "on", "that", "their", "there",
     "these", "this", "those", "to", "with",
 }  # fmt: skip
-CANDIDATES = 16
 ID_COLUMN = "image_id"
+# What limits pairs: the default, what it is, and whether it is of pairs of pictures rather than of captions.
+LIMITS = {
+    "min_similarity": (0.3, "cosine of two captions, by their words", False),
+    "max_similarity": (0.95, "the same, above which they say the same", False),
+    "min_caption_fit": (0.15, "cosine of a picture and its caption", True),
+    "min_caption_gain": (
+        0.02,
+        "by how much a caption must fit the target better than the reference, in cosines",
+        True,
+    ),
+    "max_image_similarity": (0.97, "cosine of two pictures, above which they are the same", True),
+}
 TEMPLATES = {
     "replace": ("{added} instead of {removed}", "replace {removed} with {added}", "not {removed} but {added}",
                 "change {removed} to {added}"),
@@ -79,39 +93,25 @@ def trimmed(change: Change) -> Change:
     return Change(phrases)
 
 
-def select_pairs(
-    args: argparse.Namespace, captions: list[list[str]], ids: list, images: torch.Tensor | None
-) -> list[tuple[int, int]]:
-    """(reference row, target row), nearest first for every reference, spread evenly over references.
-
-    Captions say only part of what pictures show. So, where the pictures are embedded, nearest means the most
-    similar pictures among `CANDIDATES` times as many near captions; else the nearest captions.
-    """
-    per_reference = max(1, -(-2 * args.num_triplets // len(captions)))  # twice as many as wanted, as filters drop some
-    count = per_reference if images is None else CANDIDATES * per_reference
-    near = near_captions(captions, ids, count, args.min_similarity, args.max_similarity)
+def near_in_words(args: argparse.Namespace, captions: list[list[str]], ids: list) -> list[tuple[int, int]]:
+    """(reference row, target row) of near captions, nearest first, spread evenly over references."""
+    # Twice as many as wanted, as filters drop some.
+    per_reference = max(1, -(-2 * args.num_triplets // len(captions)))
+    near = near_captions(captions, ids, per_reference, args.min_similarity, args.max_similarity)
     lists = list(tqdm(near, total=len(captions), desc="nearest captions", unit="caption", mininterval=2))
-    if images is not None:
-        for i, found in enumerate(lists):
-            order = (images[found] @ images[i]).argsort(descending=True)[:per_reference] if found else []
-            lists[i] = [found[j] for j in order]
-    pairs = []
-    for depth in range(max(map(len, lists), default=0)):
-        pairs += [(i, found[depth]) for i, found in enumerate(lists) if len(found) > depth]
-    return pairs
+    longest = max(map(len, lists), default=0)
+    return [(i, found[depth]) for depth in range(longest) for i, found in enumerate(lists) if len(found) > depth]
 
 
-def picture_features(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Every row's image embedding [n, D] and its caption's fit to it [n], where a CLIP is given."""
-    if args.model_name_or_path is None:
-        return None, None
+def embeddings_of(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every row's picture and caption, [n, D] each."""
     if args.image_column not in rows.column_names:
         raise ValueError(f"{args.dataset_name} has no pictures ({args.image_column!r}) for {args.model_name_or_path}")
     model = TSCIRModel.from_clip_pretrained(args.model_name_or_path).to(args.device)
     processor = TSCIRProcessor.from_clip_pretrained(args.model_name_or_path)
     images = embed_images(model, processor, rows[args.image_column], progress="images")
     texts = embed_texts(model, processor, list(rows[args.caption_column]), progress="captions")
-    return images, (images * texts).sum(-1)
+    return images, texts
 
 
 def read_rows(args: argparse.Namespace) -> tuple[Dataset, list, dict[str, str]]:
@@ -150,7 +150,9 @@ def write_modifications(
     """(modification, kind) of every pair, and a report of what the writing took."""
     rng = random.Random(args.seed)
     if args.quality == "low":
-        return [template_modification(captions[i], captions[j], rng) for i, j in pairs], {}
+        if args.model_name_or_path is None:
+            return [template_modification(captions[i], captions[j], rng) for i, j in pairs], {}
+        return [(rng.choice(TEMPLATES["caption"]).format(caption=texts[j]), "caption") for _, j in pairs], {}
     if args.endpoint:
         ask = Endpoint(args.endpoint, args.language_model, os.environ.get("OPENAI_API_KEY"), args.timeout)
     else:
@@ -169,14 +171,17 @@ def synthesize(args: argparse.Namespace) -> dict:
     rows, ids, left_out = read_rows(args)
     texts = list(rows[args.caption_column])
     captions = [words_of(text) for text in texts]
-    images, fits = picture_features(rows, args)
-    pairs = select_pairs(args, captions, ids, images)
     dropped: dict[str, int] = {}
-    if images is not None:
-        wanted = [(i, j) for i, j in pairs if min(fits[i], fits[j]) >= args.min_caption_fit]
-        dropped["caption does not fit its picture"] = len(pairs) - len(wanted)
-        pairs = [(i, j) for i, j in wanted if float(images[i] @ images[j]) <= args.max_image_similarity]
-        dropped["pictures nearly identical"] = len(wanted) - len(pairs)
+    if args.model_name_or_path is None:
+        pairs = near_in_words(args, captions, ids)
+    else:
+        images, embeds = embeddings_of(rows, args)
+        every, dropped = told_apart(
+            images, embeds, ids, 2 * args.num_triplets, args.max_image_similarity, args.min_caption_gain
+        )
+        fits = (images * embeds).sum(-1)
+        pairs = [(i, j) for i, j in every if min(fits[i], fits[j]) >= args.min_caption_fit]
+        dropped["caption does not fit its picture"] = len(every) - len(pairs)
     if args.quality == "high":
         pairs = pairs[: args.num_triplets]
     modifications, writing = write_modifications(pairs, captions, texts, args)
@@ -192,7 +197,8 @@ def synthesize(args: argparse.Namespace) -> dict:
     if dropped.get("no usable text") == len(pairs) > 0:
         raise ValueError(f"{args.language_model} wrote nothing usable for {len(pairs)} pairs: {writing}")
     if not kept:
-        raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}. Lower --min_similarity")
+        lower = "min_similarity" if args.model_name_or_path is None else "min_caption_gain or --min_caption_fit"
+        raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}. Lower --{lower}")
     report = {"quality": args.quality, "left_out": left_out, "pairs": len(pairs), "dropped": dropped}
     report["writing"] = writing
     report |= diversity([text for *_, text, _ in kept], [kind for *_, kind in kept])
@@ -226,16 +232,19 @@ def write_triplets(rows: Dataset, ids: list, texts: list[str], kept: list[tuple]
 
 def write_card(args: argparse.Namespace, report: dict) -> None:
     header = "---\ntask_categories:\n- image-feature-extraction\ntags:\n- composed-image-retrieval\n- synthetic\n---\n"
-    way = (
-        "by template from the words in which the captions differ"
-        if args.quality == "low"
-        else f"by the language model {args.language_model}"
-    )
+    if args.model_name_or_path is None:
+        pairing = f"Pictures with near captions (cosine {args.min_similarity} to {args.max_similarity}) are paired"
+        way = "by template from the words in which the captions differ"
+    else:
+        pairing = f"Similar pictures that the target's caption tells apart are paired, by {args.model_name_or_path}"
+        way = "by template from the target's caption"
+    if args.quality == "high":
+        way = f"by the language model {args.language_model}"
     text = f"""{header}
 # Triplets from {args.dataset_name}
 
 {report["triplets"]} triplets of a reference, a modification text and a target, made by TSCIR's `train/synthesize.py`.
-Pictures with near captions (cosine {args.min_similarity} to {args.max_similarity}) are paired; modifications are
+{pairing}; modifications are
 written {way}. Pictures and captions keep the licence of their source.
 
 ```json
@@ -257,11 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--num_triplets", type=int, default=100_000)
     parser.add_argument("--quality", default="low", choices=["low", "high"])
-    parser.add_argument("--min_similarity", type=float, default=0.3, help="of captions, by their words")
-    parser.add_argument("--max_similarity", type=float, default=0.95)
-    parser.add_argument("--model_name_or_path", help="a CLIP: pairs similar pictures, and filters as below")
-    parser.add_argument("--min_caption_fit", type=float, default=0.15, help="cosine of picture and its caption")
-    parser.add_argument("--max_image_similarity", type=float, default=0.97, help="cosine of reference and target")
+    parser.add_argument("--model_name_or_path", help="a CLIP: pairs pictures, rather than captions")
+    for name, (default, what, _) in LIMITS.items():
+        parser.add_argument(f"--{name}", type=float, help=f"{what} ({default})")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--language_model", help="of high quality: a name at the endpoint, or a transformers model")
     parser.add_argument("--endpoint", help="http://host:port/v1; the key is read from OPENAI_API_KEY")
@@ -277,6 +284,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.quality == "high" and not args.language_model:
         parser.error("--quality high needs --language_model")
+    for name, (default, _, of_pictures) in LIMITS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif of_pictures != (args.model_name_or_path is not None):
+            parser.error(f"--{name} is for pairs made {'with' if of_pictures else 'without'} --model_name_or_path")
     try:
         report = synthesize(args)
     except ValueError as error:
