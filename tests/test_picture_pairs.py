@@ -23,9 +23,9 @@ def test_pairs_equal_all_of_them_written_out():
             elif gain < 0.1:
                 untold += 1
             else:
-                best[ids[j]] = max(best.get(ids[j], (-9, 0, 0)), (similarity + GAIN_SHARE * gain, i, j))
-        expected += sorted(best.values(), reverse=True)[:3]
-    assert found == [(i, j) for _, i, j in sorted(expected, reverse=True)] and len(found) > 8
+                best[ids[j]] = min(best.get(ids[j], (9, 0, 0)), (-similarity - GAIN_SHARE * gain, i, j))
+        expected += enumerate(sorted(best.values())[:3])
+    assert found == [(i, j) for _, (_, i, j) in sorted(expected)] and len(found) > 8
     assert dropped == {"pictures nearly identical": alike, "caption does not tell them apart": untold}
     assert min(alike, untold) > 0
 

@@ -23,9 +23,9 @@ def told_apart(
     max_similarity: float,
     min_gain: float,
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """Up to about `count` pairs (reference row, target row), best first, and why other neighbours are no pairs.
+    """About `count` pairs (reference row, target row), or fewer, and why other neighbours are none.
 
-    Pictures with near captions may differ in all that captions leave out. So the nearest pictures are paired, those
+    Pairs stand best first, but every reference's best before any one's second. Pictures with near captions may differ in all that captions leave out. So the nearest pictures are paired, those
     whose own caption fits them better than it fits the reference: the caption then says what differs, and the rest
     stays.
 
@@ -53,6 +53,6 @@ def told_apart(
             best: dict[int, tuple] = {}  # of each target picture the caption that tells most
             for value, target in sorted(zip(scores, targets, strict=True), reverse=True):
                 if value > -torch.inf:
-                    best.setdefault(int(picture[target]), (value, reference, target))
-            found += list(best.values())[:per_reference]
-    return [(i, j) for _, i, j in sorted(found, reverse=True)], dict(dropped)
+                    best.setdefault(int(picture[target]), (-value, reference, target))
+            found += list(enumerate(best.values()))[:per_reference]
+    return [(i, j) for _, (_, i, j) in sorted(found)], dict(dropped)
