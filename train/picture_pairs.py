@@ -25,9 +25,9 @@ def told_apart(
 ) -> tuple[list[tuple[int, int]], dict[str, int]]:
     """About `count` pairs (reference row, target row), or fewer, and why other neighbours are none.
 
-    Pairs stand best first, but every reference's best before any one's second. Pictures with near captions may differ in all that captions leave out. So the nearest pictures are paired, those
+    Pictures with near captions may differ in all that captions leave out. So the nearest pictures are paired, those
     whose own caption fits them better than it fits the reference: the caption then says what differs, and the rest
-    stays.
+    stays. Pairs stand best first, but every reference's best before any one's second.
 
     Args:
         images, texts (`torch.Tensor` [n, D]): embeddings of every row's picture and caption, L2-normalised.
