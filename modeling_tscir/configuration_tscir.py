@@ -42,7 +42,8 @@ class TSCIRConfig(PreTrainedConfig):
         residual (`float`): how much of what pseudo-words leave out of their picture, v(x) - q(x), a composed query is
             given unless told; nothing is trained for it.
         composed_weight (`float`): -1 to 1, how far a composed query is then moved towards its picture (negative) or
-            its text (positive) unless told. With both 0 the query is that of arXiv 2504.17990.
+            its text (positive), which is read through the adapters, too, unless told. With both 0 the query is that of
+            arXiv 2504.17990.
         training_free_weight (`float`): at stage 0, where on the great circle from image (0) to text (1) the query is.
     """
 

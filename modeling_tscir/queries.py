@@ -169,8 +169,9 @@ class QueryMixin:
             modification_ids, modification_mask (`torch.Tensor` [B, L'], *optional*): the modification alone; needed
                 where there is no mapper or `weight` > 0.
             weight (`float` or `torch.Tensor` [B], *optional*): -1 to 1. Moves the query along the great circle towards
-                the reference image (negative) or the modification text (positive); 0 leaves it. Unless told it is
-                `config.composed_weight`, but 0 for queries of several references or without a text.
+                the reference image (negative) or the modification text, read through the adapters (positive); 0 leaves
+                it. Unless told it is `config.composed_weight`, but 0 for queries of several references or without a
+                text.
             residual (`float` or `torch.Tensor` [B], *optional*): how much of what pseudo-words leave out of their
                 picture, v(x) - q(x), is added to the query, before `weight` moves it; 0 is nothing, and
                 `config.residual` what is taken unless told. q(x) is the query's own prompt up to its pseudo-words,
