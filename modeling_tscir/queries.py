@@ -11,9 +11,6 @@ from .adapters import composing
 
 
 logger = logging.get_logger(__name__)
-TOKENS_A_GROUP = (
-    64  # of rows behind one beginning: with more, attention over them grows; with fewer, beginnings repeat
-)
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
@@ -65,31 +62,8 @@ class QueryMixin:
             ValueError: if places and pseudo-words differ in number, and for an unknown adapter.
         """
         name = (self.active_adapter if adapter is None else self.known_adapter(adapter)) if adapters else None
-        ends = self._first_eos(input_ids)
-        begun = self._shared_beginning(input_ids, pseudo_mask, ends)
-        if begun < 2:
-            return self._sentence(self._text_states(input_ids, pseudo_mask, pseudo_words, name), ends)
-        # Rows that begin alike, "a photo of", stand behind one beginning, in groups.
-        size = min(len(input_ids), max(1, TOKENS_A_GROUP // (input_ids.shape[1] - begun)))
-        missing, length = -len(input_ids) % size, input_ids.shape[1] - begun
-        rows = F.pad(input_ids[:, begun:], (0, 0, 0, missing)).reshape(-1, size * length)
-        mask = F.pad(pseudo_mask[:, begun:], (0, 0, 0, missing)).reshape(-1, size * length)
-        ids = torch.cat([input_ids[:1, :begun].expand(len(rows), -1), rows], 1)
-        places = torch.arange(ids.shape[1], device=ids.device)
-        positions = places.where(places < begun, begun + (places - begun) % length)
-        row = (places - begun).div(length, rounding_mode="floor")  # -1 in the beginning
-        visible = (places[None, :] <= places[:, None]) & ((row[None, :] < 0) | (row[None, :] == row[:, None]))
-        hidden = self._text_states(ids, F.pad(mask, (begun, 0)), pseudo_words, name, positions[None], visible[None])
-        hidden = hidden[:, begun:].reshape(-1, length, hidden.shape[-1])[: len(input_ids)]
-        return self._sentence(hidden, ends - begun)
-
-    def _shared_beginning(self, input_ids: torch.Tensor, pseudo_mask: torch.Tensor, ends: torch.Tensor) -> int:
-        """How many tokens all rows begin with alike, before pseudo-words and EOS; 0 where sharing them is no use."""
-        masked = self.clip.text_model.config._attn_implementation in ("eager", "sdpa")
-        if not masked or len(input_ids) < 2 or input_ids.is_meta or torch.compiler.is_compiling():
-            return 0
-        alike = (input_ids == input_ids[:1]).all(0) & ~pseudo_mask.any(0)
-        return min(int(alike.long().cumprod(0).sum()), int(ends.min()))
+        hidden = self._text_states(input_ids, pseudo_mask, pseudo_words, name)
+        return self._sentence(hidden, self._first_eos(input_ids))
 
     def encode_query_parts(
         self,
