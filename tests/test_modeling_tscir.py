@@ -139,7 +139,7 @@ def test_weight_moves_a_query_to_its_image_or_its_text(stage2, composed, process
     query = stage2.get_composed_features(**composed, weight=0)
     image = stage2.encode_image(composed["pixel_values"])[0]
     ids = processor(text=TEXTS)["input_ids"]  # the modification is read through the adapters, as its prompt is
-    text = stage2.encode_with_pseudo_words(ids, torch.zeros_like(ids).bool(), image.new_zeros(0, 4, 32))
+    text = stage2.encode_with_pseudo_words(ids, torch.zeros_like(ids).bool(), image.new_zeros(0, 2, 32))
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=-1.0), image)
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=1.0), text)
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=0.3), slerp(query, text, 0.3))
