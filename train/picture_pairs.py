@@ -37,7 +37,8 @@ def told_apart(
     """
     first = {str(name): row for row, name in reversed(list(enumerate(ids)))}
     references = torch.tensor(sorted(first.values()), device=images.device)
-    picture = torch.tensor([first[str(name)] for name in ids], device=images.device)  # [n]
+    picture_of = [first[str(name)] for name in ids]
+    picture = torch.tensor(picture_of, device=images.device)  # [n]
     per_reference = max(1, -(-count // len(references)))
     found, dropped = [], Counter()
     for block in tqdm(references.split(ROWS_AT_A_TIME), desc="nearest pictures", unit="block", mininterval=2):
@@ -53,6 +54,6 @@ def told_apart(
             best: dict[int, tuple] = {}  # of each target picture the caption that tells most
             for value, target in sorted(zip(scores, targets, strict=True), reverse=True):
                 if value > -torch.inf:
-                    best.setdefault(int(picture[target]), (-value, reference, target))
+                    best.setdefault(picture_of[target], (-value, reference, target))
             found += list(enumerate(best.values()))[:per_reference]
     return [(i, j) for _, (_, i, j) in sorted(found)], dict(dropped)
