@@ -33,6 +33,7 @@ import harness  # noqa: E402  (found on the path just set)
 
 DATA_DIR = Path(os.environ.get("TSCIR_DATA_DIR", "no such folder"))
 WORDS = ["red", "that", "red that", "a", "b red", "that c"]
+TEXTS = ["red", "that is * red"]
 needs_data = pytest.mark.skipif(not DATA_DIR.is_dir(), reason="TSCIR_DATA_DIR does not name the folder of real data")
 
 
@@ -119,6 +120,12 @@ def stage2(stage1) -> TSCIRModel:
 def pictures() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)) for _ in range(6)]
+
+
+@pytest.fixture
+def composed(processor, pictures):
+    """Two queries, ready for `get_composed_features`."""
+    return processor(images=pictures[:2], text=TEXTS)
 
 
 @pytest.fixture
