@@ -169,9 +169,9 @@ class QueryMixin:
             modification_ids, modification_mask (`torch.Tensor` [B, L'], *optional*): the modification alone; needed
                 where there is no mapper or `weight` > 0.
             weight (`float` or `torch.Tensor` [B], *optional*): -1 to 1. Moves the query along the great circle towards
-                the reference image (negative) or the modification text, read through the adapters (positive); 0 leaves
-                it. Unless told it is `config.composed_weight`, but 0 for queries of several references or without a
-                text.
+                the reference image (negative) or the modification text, read through the adapters (positive); 0
+                leaves it, and 1 is the text alone, as `get_text_features` gives it. Unless told it is
+                `config.composed_weight`, but 0 for queries of several references or without a text.
             residual (`float` or `torch.Tensor` [B], *optional*): how much of what pseudo-words leave out of their
                 picture, v(x) - q(x), is added to the query, before `weight` moves it; 0 is nothing, and
                 `config.residual` what is taken unless told. q(x) is the query's own prompt up to its pseudo-words,
@@ -203,7 +203,8 @@ class QueryMixin:
             raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
         single = torch.tensor([n == 1 for n in image_counts or [1] * len(input_ids)], device=input_ids.device)
         lean = self.config.composed_weight if weight is None else weight
-        to_image, to_text = (bool(x.any()) if isinstance(x, torch.Tensor) else x for x in (lean < 0, lean > 0))
+        signs = (lean < 0, lean > 0, lean == 1)
+        to_image, to_text, text_alone = (bool(x.any()) if isinstance(x, torch.Tensor) else x for x in signs)
         residual = per_query(residual, self.config.residual, single, self.dtype)
         weight = per_query(weight, self.config.composed_weight, single, self.dtype)
         if image_embeds is None and (residual is not None or to_image):
@@ -222,6 +223,9 @@ class QueryMixin:
         if to_text:
             moved = (weight > 0) & (self._first_eos(modification_ids) > 1)[:, None]  # EOS comes second in empty texts
             query = slerp(query, rest[0], weight).where(moved, query)
+            if text_alone:  # nothing is composed, and it goes CLIP's own way
+                plain = F.normalize(self.get_text_features(modification_ids, modification_mask), dim=-1)
+                query = plain.where(moved & (weight == 1), query)
         return query
 
     def _training_free_features(self, image_embeds, modification_ids, modification_mask, weight, residual):

@@ -28,7 +28,10 @@ def test_weight_moves_a_query_to_its_image_or_its_text(stage2, composed, process
     ids = processor(text=TEXTS)["input_ids"]  # the modification is read through the adapters, as its prompt is
     text = stage2.encode_with_pseudo_words(ids, torch.zeros_like(ids).bool(), image.new_zeros(0, 2, 32))
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=-1.0), image)
-    torch.testing.assert_close(stage2.get_composed_features(**composed, weight=1.0), text)
+    plain = torch.nn.functional.normalize(stage2.get_text_features(**processor(text=TEXTS)), dim=-1)
+    torch.testing.assert_close(stage2.get_composed_features(**composed, weight=1.0), plain)
+    rows = stage2.get_composed_features(**composed, weight=torch.tensor([1.0, 0.3]))
+    torch.testing.assert_close(rows, torch.stack([plain[0], slerp(query, text, 0.3)[1]]))
     torch.testing.assert_close(stage2.get_composed_features(**composed, weight=0.3), slerp(query, text, 0.3))
     rows = stage2.get_composed_features(**composed, weight=torch.tensor([0.3, -1.0]))
     torch.testing.assert_close(rows, torch.stack([slerp(query, text, 0.3)[0], image[1]]))
