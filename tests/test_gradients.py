@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import randomised
-from gradients import backward, gather_with_gradient, hold_frozen_in_bf16
+from gradients import backward, compile_towers, gather_with_gradient, hold_frozen_in_bf16
 from peft import LoraConfig, inject_adapter_in_model
 from stage1 import Stage1Objective
 
@@ -107,3 +107,25 @@ def test_a_chunk_bounds_what_is_held(objective, batch):
     objective.forward = counted
     backward(Accelerator(cpu=True), objective, batch, chunk=4)
     assert held == [(4, False), (4, False), (2, False), (4, True), (4, True), (2, True)]
+
+
+def test_compiled_towers_train_the_same(objective, batch):
+    """Texts of several lengths, with and without gradients, and names of weights as before."""
+    model, ids = objective.model, torch.tensor([[objective.model.config.text_eos_token_id]])
+    pixels, names = torch.rand(2, 3, 16, 16), list(model.state_dict())
+    size = model.config.clip_config.vision_config.image_size
+    pixels = F.interpolate(pixels, (size, size))
+
+    def computed() -> list[torch.Tensor]:
+        texts = [model.get_text_features(ids.expand(3, length)) for length in (2, 5, 9)]
+        backward(Accelerator(cpu=True), objective, batch)
+        return [*texts, model.get_image_features(pixels), *gradients(objective).values()]
+
+    objective.eval()
+    expected = computed()
+    compile_towers(model, "aot_eager")  # "inductor" would take most of a minute
+    for found, wanted in zip(computed(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert model.clip.text_model.encoder._compiled_call_impl is not None
+    assert list(model.state_dict()) == names
+    torch.compiler.reset()

@@ -3,6 +3,7 @@
 import json
 
 import benchmark
+import gpu
 import numpy as np
 import pytest
 import torch
@@ -151,3 +152,29 @@ def test_the_readme_shows_the_stored_figures():
         ]
         assert f"| {entry['work']} | {' | '.join(shown)} |" in text, entry
         assert entry["machine"] in text
+
+
+def test_the_gpus_works_run_on_a_cpu_too(folder, fresh_accelerator, monkeypatch):
+    """And lines tell of every variant; one that cannot be had says why."""
+    monkeypatch.setattr("gpu.ROUNDS", 1)
+    monkeypatch.setattr("gpu.compile_towers", lambda model: None)  # which takes its time
+    measurement = gpu.Measurement("cpu")
+    measurement.steps("stage I step", "tiny", 8, gpu.stage1_step, variants=True, chunk=4)
+    measurement.steps("stage II step", "tiny", 4, gpu.stage2_step, variants=False)
+    measurement.inference("composed queries", "tiny", 3, gpu.queries)
+    measurement.inference("features of pictures", "tiny", 3, gpu.pictures)
+    told = {(line["work"], line["variant"]): line for line in measurement.lines}
+    first = told["stage I step", "as it is"]
+    assert first["rows_per_second"] == 8 / first["seconds"] and first["flops_per_second"] > 0
+    assert first["frozen_seconds"] > 0 and {"eager", "torch.compile"} < {variant for _, variant in told}
+    assert told["stage II step", "as it is"]["forward_seconds"] > 0
+    broken = measurement.add("a work", "tiny", 1, "none such", lambda: 1 / 0, 0.0)
+    assert broken["failed"] == "ZeroDivisionError: division by zero"
+    figures = {"device": "one", "versions": {"torch": "1", "transformers": "2"}, "product": 1e12, "peak": 1e12}
+    text = gpu.report(figures | {"lines": measurement.lines})
+    assert "| a work | tiny | 1 | none such | failed: ZeroDivisionError: division by zero |" in text
+
+
+def test_what_is_told_of_a_gpu_is_what_was_measured():
+    figures = json.loads((ROOT / "eval/speed/gpu.json").read_text("utf-8"))
+    assert (ROOT / "eval/speed/gpu.md").read_text("utf-8") == gpu.report(figures)

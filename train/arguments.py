@@ -34,6 +34,9 @@ class LoopArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 never."})
     seed: int = field(default=0, metadata={"help": "Of initialisation, order of data and dropout."})
     mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16 autocast."})
+    torch_compile: bool = field(
+        default=False, metadata={"help": "Compile the towers' encoders, which pays on GPUs; the same up to rounding."}
+    )
     logging_steps: int = field(default=20, metadata={"help": "Optimizer steps between two log lines."})
     eval_steps: int = field(
         default=200, metadata={"help": "Optimizer steps between two validations on validation_rows."}

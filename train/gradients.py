@@ -133,6 +133,12 @@ def hold_frozen_in_bf16(model: TSCIRModel, accelerator: Accelerator) -> None:
         model.clip.text_model.set_attn_implementation("eager")
 
 
+def compile_towers(model: TSCIRModel, backend: str = "inductor") -> None:
+    """torch.compile both towers' encoders in place: names, weights and checkpoints stay as they are."""
+    for tower in (model.clip.vision_model, model.clip.text_model):
+        tower.encoder.compile(backend=backend)
+
+
 def precision(model: TSCIRModel) -> str:
     """What frozen features are computed in, as things stand: autocast's type, or the model's own."""
     device = model.device.type

@@ -22,7 +22,7 @@ from checkpoints import (
     save_best,
     save_checkpoint,
 )
-from gradients import Objective, backward, hold_frozen_in_bf16
+from gradients import Objective, backward, compile_towers, hold_frozen_in_bf16
 from rows import RowBatches
 from stream import StreamBatches
 from tqdm.auto import tqdm
@@ -121,6 +121,8 @@ def train(
     """
     trained = model.trainable_parameters()
     hold_frozen_in_bf16(model, accelerator)
+    if args.torch_compile:
+        compile_towers(model)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": args.weight_decay},

@@ -138,8 +138,10 @@ def vision_forward(setting: Setting, size: int = 32) -> Callable:
 class Step:
     """A step of ours as `train/loop.py` makes it: loss, gradient, clipping, AdamW."""
 
-    def __init__(self, objective, model: TSCIRModel, batch: dict[str, torch.Tensor], accelerator: Accelerator):
-        self.batch, self.accelerator = batch, accelerator
+    def __init__(
+        self, objective, model: TSCIRModel, batch: dict[str, torch.Tensor], accelerator: Accelerator, chunk: int = 0
+    ):
+        self.batch, self.accelerator, self.chunk = batch, accelerator, chunk
         self.trained = list(model.trainable_parameters().values())
         hold_frozen_in_bf16(model, accelerator)
         optimizer = torch.optim.AdamW(self.trained, lr=1e-3, fused=True)
@@ -147,7 +149,7 @@ class Step:
         model.train()
 
     def __call__(self) -> None:
-        backward(self.accelerator, self.objective, self.batch)
+        backward(self.accelerator, self.objective, self.batch, self.chunk)
         self.accelerator.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
