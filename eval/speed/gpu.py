@@ -30,7 +30,7 @@ from stage2 import Stage2Objective
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training_cost import PEAK, recipe
-from ways import Step
+from ways import Step, stage2_batch
 
 from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRConfig, TSCIRModel, TSCIRProcessor
 from modeling_tscir.publishing import versions
@@ -62,16 +62,7 @@ def stage1_step(setting: Setting, device: str, chunk: int, cached: bool = False)
 def stage2_step(setting: Setting, device: str, chunk: int) -> Step:
     """With mined negatives in the loss; mining itself is a forward pass of every row once an epoch."""
     model, processor = build(setting.shape, 2, device, torch.float32)
-    prompts, config, rows = processor.compose(setting.texts), model.config, torch.arange(setting.rows)
-    width = config.clip_config.text_config.hidden_size
-    batch = {name: prompts[name] for name in ("input_ids", "pseudo_mask")}
-    batch |= {"pseudo_words": 0.02 * torch.randn(setting.rows, config.num_pseudo_words, width)}
-    batch |= {"rows": rows, "target_ids": rows, "reference_embeds": setting.embeds(setting.rows)}
-    batch |= {"target_embeds": setting.embeds(setting.rows, 1)}
-    count = config.num_mined_negatives
-    batch["mined_embeds"] = setting.embeds(setting.rows * count, 2).unflatten(0, (setting.rows, count))
-    batch["mined_mask"] = torch.ones(setting.rows, count, dtype=torch.bool)
-    batch = {k: v.to(device) for k, v in batch.items()}
+    batch = {k: v.to(device) for k, v in stage2_batch(setting, model, processor).items()}
     return Step(Stage2Objective(model), model, batch, accelerator_of(device), chunk)
 
 
@@ -82,8 +73,9 @@ def accelerator_of(device: str) -> Accelerator:
 def forward_of(step: Step, part: str) -> Callable:
     """Of a step, the frozen features or the trained part alone, without gradients."""
     objective = step.accelerator.unwrap_model(step.objective)
-    size = step.chunk or len(next(iter(step.batch.values())))
-    parts = [{k: v[start : start + size] for k, v in step.batch.items()} for start in range(0, len_of(step), size)]
+    rows = len(next(iter(step.batch.values())))
+    size = step.chunk or rows
+    parts = [{k: v[start : start + size] for k, v in step.batch.items()} for start in range(0, rows, size)]
 
     @torch.no_grad()
     def run() -> None:
@@ -92,10 +84,6 @@ def forward_of(step: Step, part: str) -> Callable:
                 getattr(objective, part)(batch)
 
     return run
-
-
-def len_of(step: Step) -> int:
-    return len(next(iter(step.batch.values())))
 
 
 def pictures(setting: Setting, device: str) -> tuple[Callable, TSCIRModel]:

@@ -181,6 +181,11 @@ def our_stage2(setting: Setting) -> Callable:
     """With mined negatives in the loss; mining itself is measured by the number of triplets."""
     accelerator = accelerator_of(setting)
     model, processor = setting.model(2, "float32")
+    return Step(Stage2Objective(model), model, stage2_batch(setting, model, processor), accelerator)
+
+
+def stage2_batch(setting: Setting, model: TSCIRModel, processor: TSCIRProcessor) -> dict[str, torch.Tensor]:
+    """Random features, as `Stage2Data` and a miner would give them."""
     prompts, count = processor.compose(setting.texts), model.config.num_mined_negatives
     words = model.config.num_pseudo_words, model.config.clip_config.text_config.hidden_size
     batch = {name: prompts[name] for name in ("input_ids", "pseudo_mask")}
@@ -188,7 +193,7 @@ def our_stage2(setting: Setting) -> Callable:
     batch |= {"reference_embeds": setting.embeds(setting.rows), "target_embeds": setting.embeds(setting.rows, 1)}
     batch |= {"target_ids": batch["rows"], "mined_mask": torch.ones(setting.rows, count, dtype=torch.bool)}
     batch["mined_embeds"] = setting.embeds(setting.rows * count, 2).unflatten(0, (setting.rows, count))
-    return Step(Stage2Objective(model), model, batch, accelerator)
+    return batch
 
 
 def peers_stage2(setting: Setting, levers: Levers = PEERS) -> Callable:
