@@ -293,6 +293,7 @@ def inject(text_model: nn.Module, name: str, config: LoraConfig) -> None:
             parameter.requires_grad_(required.get(path.replace(".base_layer.", "."), False))
     for layer in lora_layers(text_model):
         layer._disable_adapters = True
+        layer.cast_input_dtype_enabled = False  # in bf16 training to fp32 and back again: no other values, only time
 
 
 def lora_layers(module: nn.Module) -> list[LoraLayer]:

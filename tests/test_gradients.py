@@ -9,6 +9,8 @@ from gradients import backward, compile_towers, gather_with_gradient, hold_froze
 from peft import LoraConfig, inject_adapter_in_model
 from stage1 import Stage1Objective
 
+from modeling_tscir.adapters import lora_layers
+
 
 def test_gradients_flow_through_a_gather_of_one_process():
     x = torch.ones(2, 3, requires_grad=True)
@@ -80,6 +82,31 @@ def test_frozen_matrices_in_bf16_change_no_bit_under_autocast(stage1, processor,
     assert not held & set(trained) and not any(".lora_" in name for name in held)  # another adapter's, which is frozen
     after = run()
     assert len(before) > 20 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_adapters_are_spared_a_cast_of_their_inputs_that_changes_no_bit(stage1, processor, batch):
+    stage1.add_adapters()
+    trained = stage1.trainable_parameters()
+    randomised(trained.values(), 2)
+    prompt = processor.compose(["red", "that c", "b red", "", "a", "that", "red", "a", "b red", "c"])
+    words = stage1.get_pseudo_words(batch["image_embeds"], batch["patch_states"].float()).detach()
+    layers, taken = lora_layers(stage1.clip.text_model), []
+    for layer in layers:
+        layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0].dtype))
+
+    def run() -> tuple[torch.Tensor, ...]:
+        taken.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            queries = stage1.encode_with_pseudo_words(prompt["input_ids"], prompt["pseudo_mask"], words).float()
+        return queries, *torch.autograd.grad(queries.sin().sum(), list(trained.values()))
+
+    found = run()
+    assert len(taken) == len(layers) and torch.bfloat16 in taken
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True  # as PEFT has it
+    expected = run()
+    assert set(taken) == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_dropout_is_the_same_in_both_passes_of_cached_gradients(objective, batch):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from gradients import backward, hold_frozen_in_bf16
+from gradients import backward, compile_towers, hold_frozen_in_bf16
 from harness import rank
 from mining import Miner
 from peers import FineTuningStep, Levers, LincirStep, Peer, Pic2WordStep, ranked
@@ -159,9 +159,12 @@ def accelerator_of(setting: Setting) -> Accelerator:
     return Accelerator(cpu=True, mixed_precision="bf16" if setting.dtype == "bfloat16" else "no")
 
 
-def our_stage1(setting: Setting, cached: bool) -> Callable:
+def our_stage1(setting: Setting, cached: bool, compiled: bool = False) -> Callable:
+    """A step of `train/stage1.py`, with `--torch_compile` if it is to be `compiled`."""
     accelerator = accelerator_of(setting)
     model, processor = setting.model(1, "float32")
+    if compiled:
+        compile_towers(model)
     objective = Stage1Objective(model, processor)
     batch = {"caption_embeds": setting.embeds(setting.rows), "pixel_values": setting.pixels}
     if cached:
@@ -177,10 +180,12 @@ def lincirs_stage1(setting: Setting) -> Callable:
     return LincirStep(Peer(setting.clip, Levers()), setting.texts)
 
 
-def our_stage2(setting: Setting) -> Callable:
+def our_stage2(setting: Setting, compiled: bool = False) -> Callable:
     """With mined negatives in the loss; mining itself is measured by the number of triplets."""
     accelerator = accelerator_of(setting)
     model, processor = setting.model(2, "float32")
+    if compiled:
+        compile_towers(model)
     return Step(Stage2Objective(model), model, stage2_batch(setting, model, processor), accelerator)
 
 

@@ -67,9 +67,10 @@ def with_levers(peers: Callable, **levers: Levers) -> dict[str, Callable]:
 
 SHORT, BF16, CACHED = Levers(short_texts=True), Levers(bf16=True), Levers(cached=True)
 SORT, NAMES = Levers(partial_sort=True), Levers(few_names=True)
+COMPILED = "ours, + torch.compile"
 QUERIES = {
     "ours": our_queries,
-    "ours, + torch.compile": partial(our_queries, compiled=True),
+    COMPILED: partial(our_queries, compiled=True),
     "ours, + prompt alone": partial(our_queries, residual=0.0, weight=0.0),
     "limit": limit_of_queries,
     **with_levers(peers_queries, short_texts=SHORT, bf16=BF16, partial_sort=SORT, few_names=NAMES),
@@ -91,6 +92,7 @@ WORKS = {
         {"ViT-B/32": {"rows": 32}, "ViT-L/14": {"rows": 8}},
         {
             "ours": partial(our_stage1, cached=False),
+            COMPILED: partial(our_stage1, cached=False, compiled=True),
             "limit": vision_forward,
             **with_levers(peers_stage1, short_texts=SHORT, bf16=BF16),
             "LinCIR's way": lincirs_stage1,
@@ -101,6 +103,7 @@ WORKS = {
         {"ViT-B/32": {"rows": 32}, "ViT-L/14": {"rows": 8}},
         {
             "ours": partial(our_stage1, cached=True),
+            COMPILED: partial(our_stage1, cached=True, compiled=True),
             **with_levers(peers_stage1, short_texts=SHORT, cached_pictures=CACHED, bf16=BF16),
             "LinCIR's way": lincirs_stage1,
         },
@@ -110,6 +113,7 @@ WORKS = {
         {"ViT-B/32": {"rows": 32}, "ViT-L/14": {"rows": 8}},
         {
             "ours": our_stage2,
+            COMPILED: partial(our_stage2, compiled=True),
             "limit": text_forward_and_backward,
             **with_levers(
                 peers_stage2, short_texts=SHORT, cached_pictures=CACHED, adapters=Levers(adapters=True), bf16=BF16
