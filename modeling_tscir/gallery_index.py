@@ -1,15 +1,106 @@
 """A FAISS index beside a gallery's shards: approximate, measured against exact search when it is built."""
 
 import contextlib
+import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
+from .exact_search import search_exactly
 from .shards import GalleryError
 
 
+logger = logging.get_logger(__name__)
 TRAINING_ROWS = 200_000
+
+
+class IndexMixin:
+    """A FAISS index of a [`Gallery`]; a base class of it."""
+
+    def build_index(self, factory: str, num_queries: int = 256) -> dict:
+        """Build a FAISS index by its factory string ("IVF4096,PQ64", "HNSW32", ...) and measure it.
+
+        Returns:
+            {"factory", "recall_at_10", "queries", ...}, kept in gallery.json: the share of the exact ten best that the
+            index finds, for queries halfway between two pictures, as composed queries lie.
+
+        Raises:
+            GalleryError: if FAISS is not installed, does not know the string, or has too few pictures to train it.
+        """
+        with self.locked():
+            rng = np.random.default_rng(0)
+            rows = np.flatnonzero(self.rows.live)
+            if not len(rows):
+                raise GalleryError(f"{self.folder} is empty; index some pictures first")
+            sample = np.sort(rng.choice(rows, min(len(rows), TRAINING_ROWS), replace=False))
+            # Over dead rows, too, so that FAISS numbers rows as we do.
+            index = build(factory, self.embeds, self.vectors(sample).float().numpy())
+            pairs = rng.choice(rows, (num_queries, 2))
+            between = self.vectors(pairs[:, 0]).float() + self.vectors(pairs[:, 1]).float()
+            queries = torch.nn.functional.normalize(between, dim=-1)
+            wanted = self._wanted(None)[0]
+            k = min(10, int(wanted.sum()))
+            _, exact = search_exactly(self.embeds, queries, k, wanted)
+            _, found = self._search_index(index, queries, k, wanted)
+            hits = [len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
+            # A name of its own, so that a process which opened the gallery earlier never reads another's index.
+            old, token = self.info.get("index"), uuid.uuid4().hex
+            write(index, self.folder / f"faiss-{token}.index")
+            built = {"factory": factory, "recall_at_10": float(np.mean(hits)), "queries": num_queries}
+            self.remember(index=built | {"token": token, "shards": self._shard_sizes()})
+            if old is not None:
+                (self.folder / f"faiss-{old['token']}.index").unlink(missing_ok=True)
+            self._index = index
+        return self.info["index"]
+
+    def _shard_sizes(self) -> dict[str, int]:
+        return {path.name: len(embeds) for path, embeds in zip(self.shards, self.embeds, strict=True)}
+
+    def drop_index(self) -> None:
+        """Search exactly from now on."""
+        with self.locked():
+            old = self.info.pop("index", None)
+            self.remember()
+            if old is not None:
+                (self.folder / f"faiss-{old['token']}.index").unlink(missing_ok=True)
+
+    def rebuild_index(self) -> None:
+        """Build the index anew, if there is one, after pictures came or went; drop one that cannot be built."""
+        if "index" not in self.info:
+            return
+        try:
+            self.build_index(self.info["index"]["factory"])
+        except GalleryError as error:
+            logger.warning(f"{self.folder}: its index is dropped, and search is exact: {error}")
+            self.drop_index()
+
+    def _faiss(self):
+        """The index, if it is of these very rows and can be read."""
+        if "index" not in self.info:
+            return None
+        if self._index is None:
+            try:
+                if self.info["index"]["shards"] != self._shard_sizes():
+                    raise RuntimeError("it is older or newer than the pictures")
+                self._index = read(self.folder / f"faiss-{self.info['index']['token']}.index")
+            except (RuntimeError, GalleryError) as error:
+                reason = str(error).strip().splitlines()[-1]
+                logger.warning_once(f"{self.folder}: its index cannot be used, searching exactly ({reason})")
+        return self._index
+
+    def _search_index(self, index, queries: torch.Tensor, k: int, wanted: np.ndarray):
+        """As `search_exactly`, among what the index finds; row -1 where that is fewer than k."""
+        scores = torch.full((len(queries), k), -torch.inf)
+        rows = torch.full((len(queries), k), -1, dtype=torch.long)
+        for number, found in enumerate(candidates(index, queries, k, wanted) if k else []):
+            # The index's own scores may be of compressed vectors.
+            found = torch.from_numpy(np.sort(found))
+            exact = self.vectors(found.numpy()).float() @ queries[number]
+            order = exact.argsort(descending=True, stable=True)
+            scores[number, : len(found)], rows[number, : len(found)] = exact[order], found[order]
+        return scores, rows
 
 
 def import_faiss():

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir import Gallery, TSCIRModel, TSCIRProcessor
 
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +34,7 @@ import harness  # noqa: E402  (found on the path just set)
 DATA_DIR = Path(os.environ.get("TSCIR_DATA_DIR", "no such folder"))
 WORDS = ["red", "that", "red that", "a", "b red", "that c"]
 TEXTS = ["red", "that is * red"]
+PICTURES = ["0.png", "2.png", "4.png", "below/1.png", "below/3.png", "below/5.png"]  # of the folder, in order
 needs_data = pytest.mark.skipif(not DATA_DIR.is_dir(), reason="TSCIR_DATA_DIR does not name the folder of real data")
 
 
@@ -138,11 +139,25 @@ def picture_folder(pictures, tmp_path) -> Path:
 
 
 @pytest.fixture
+def make_gallery(stage2, processor, picture_folder, tmp_path):
+    """A gallery of the picture folder, or of another."""
+
+    def make(images=picture_folder, folder=tmp_path / "gallery", **options):
+        return Gallery.from_folder(images, folder, stage2, processor, progress=False, **options)
+
+    return make
+
+
+@pytest.fixture
 def model_dir(stage2, processor, tmp_path) -> Path:
     """A stage II folder."""
     stage2.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def noise(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 
 
 def write_json(path: Path, content) -> None:

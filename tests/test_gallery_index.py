@@ -1,0 +1,88 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import noise
+
+from modeling_tscir import Gallery, GalleryError
+
+
+def test_a_faiss_index_tells_its_recall_and_follows_the_gallery(make_gallery, picture_folder, stage2, processor):
+    pytest.importorskip("faiss")
+    for i in range(60):
+        noise(100 + i).save(picture_folder / f"n{i}.png")
+    gallery = make_gallery(dtype="float32")
+    built = gallery.build_index("IVF4,Flat")
+    assert 0.5 < built["recall_at_10"] <= 1
+    queries = gallery.vectors(np.arange(66))
+    assert [row[0]["id"] for row in gallery.search(queries, 3)] == gallery.ids
+    assert gallery.build_index("Flat")["recall_at_10"] > 0.99  # of scores that are equal but for rounding
+    exact, found = gallery.search(queries, 5, exact=True), gallery.search(queries, 5)
+    for one, other in zip(exact, found, strict=True):
+        assert [r["score"] for r in one] == pytest.approx([r["score"] for r in other], abs=1e-6)
+    gallery.remove(["n3.png"])
+    assert "n3.png" not in {r["id"] for row in gallery.search(queries, 66) for r in row}
+    noise(7).save(picture_folder / "new.png")
+    gallery.add(picture_folder, stage2, processor, progress=False)
+    assert sum(Gallery(gallery.folder).info["index"]["shards"].values()) == len(gallery.rows.live) == 67
+    assert len(list(gallery.folder.glob("faiss-*"))) == 1
+    with pytest.raises(GalleryError, match="does not understand"):
+        gallery.build_index("Nonsense12")
+    with pytest.raises(GalleryError, match="do not train"):
+        gallery.build_index("IVF4096,PQ8")
+
+
+def test_an_index_that_is_lost_is_done_without(make_gallery, tmp_path):
+    pytest.importorskip("faiss")
+    gallery = make_gallery()
+    gallery.build_index("Flat")
+    query = torch.nn.functional.normalize(torch.ones(1, 24), dim=-1)
+    expected = [r["id"] for r in gallery.search(query)[0]]
+    assert [r["id"] for r in gallery.save(tmp_path / "copy").search(query)[0]] == expected
+    next(gallery.folder.glob("faiss-*")).unlink()
+    assert [r["id"] for r in Gallery(gallery.folder).search(query)[0]] == expected
+
+
+def test_an_index_never_answers_for_another_state_of_the_gallery(make_gallery, picture_folder, stage2, processor):
+    pytest.importorskip("faiss")
+    writer = make_gallery()
+    writer.build_index("Flat")
+    readers = [Gallery(writer.folder), Gallery(writer.folder)]  # their indexes are read when they first search
+    queries = writer.vectors(np.arange(6)).float()
+    expected = [[r["id"] for r in row] for row in writer.search(queries, 6, exact=True)]
+    noise(30).save(picture_folder / "new.png")
+    writer.add(picture_folder, stage2, processor, progress=False)
+    assert [[r["id"] for r in row] for row in readers[0].search(queries, 6)] == expected
+    writer.remove(writer.ids[:3])
+    assert [[r["id"] for r in row] for row in readers[1].search(queries, 6)] == expected
+    # All replaced by as many others: no shard has an old one's name, so that an old index could not pass for a new.
+    old = set(writer._shard_sizes())
+    writer.remove(writer.ids)
+    assert "index" not in writer.info and not list(writer.folder.glob("faiss-*"))
+    writer.add(picture_folder, stage2, processor, progress=False)
+    assert not old & set(writer._shard_sizes())
+
+
+def test_an_index_that_cannot_be_rebuilt_goes_and_the_report_stays(make_gallery, picture_folder, stage2, processor):
+    pytest.importorskip("faiss")
+    for i in range(40):
+        noise(100 + i).save(picture_folder / f"n{i}.png")
+    gallery = make_gallery()
+    gallery.build_index("IVF30,Flat")
+    for i in range(35):
+        (picture_folder / f"n{i}.png").unlink()
+    (picture_folder / "bad.jpg").write_bytes(b"nothing")
+    report = gallery.add(picture_folder, stage2, processor, progress=False)
+    assert report.removed == 35 and [bad["id"] for bad in report.unreadable] == ["bad.jpg"]
+    assert "index" not in Gallery(gallery.folder).info
+
+
+def test_many_copies_do_not_starve_an_index(make_gallery, picture_folder):
+    pytest.importorskip("faiss")
+    for i in range(150):
+        shutil.copy(picture_folder / "0.png", picture_folder / f"copy{i:03d}.png")
+    gallery = make_gallery()
+    assert gallery.build_index("Flat")["recall_at_10"] > 0.99
+    query = gallery.vectors(np.array([0])).float()
+    assert len(gallery.search(query, 6)[0]) == 6 and len(gallery.search(query, 6, exclude=["copy003.png"])[0]) == 5
