@@ -252,9 +252,13 @@ def main() -> None:
         MEASURES[grid.measure].prepare(args.output_dir, results)
     # Seed by seed, so that an interrupted grid has whole seeds.
     work = {(name, seed): runner.run(name, grid.runs[name], grid, seed) for name, seed in files}
-    for number, ((name, seed), done) in enumerate(work.items(), start=1):
-        done.result()
-        print(f"{number} of {len(work)}: {name}, seed {seed}", flush=True)
+    try:
+        for number, ((name, seed), done) in enumerate(work.items(), start=1):
+            done.result()
+            print(f"{number} of {len(work)}: {name}, seed {seed}", flush=True)
+    except BaseException:
+        runner.pool.shutdown(wait=False, cancel_futures=True)  # what is begun ends; nothing else begins
+        raise
     table = collect(files, results / "queries.parquet", args.world)
     measure = MEASURES[grid.measure]
     tidy, claims, details = summarise(table, grid.claims, measure)

@@ -76,9 +76,8 @@ class Mixture:
 
 
 def clip_folder(output: Path) -> Path:
-    """The stand-in CLIP of an output folder: the package's, unless it was given another."""
-    own = output / "clip"
-    return own if own.is_dir() else CLIP
+    """The stand-in CLIP of an output folder, which `settle_clip` put there."""
+    return output / "clip"
 
 
 def plain_clip(output: Path) -> tuple[TSCIRModel, TSCIRProcessor]:
@@ -89,19 +88,18 @@ def plain_clip(output: Path) -> tuple[TSCIRModel, TSCIRProcessor]:
 def settle_clip(output: Path, results: Path, clip: Path | None) -> str:
     """Give a new output folder its CLIP, the package's unless told; its fingerprint, also in RESULTS/clip.json.
 
+    A copy, as what is trained there names its backbone by path, and the package may be elsewhere another time.
+
     Raises:
         `ValueError` if what either folder holds is of another CLIP.
     """
-    own = output / "clip"
-    if clip is not None and not own.is_dir():
-        if (output / "cache").is_dir():
-            raise ValueError(f"{output} is of the package's CLIP; give {clip} an --output_dir of its own")
-        shutil.copytree(clip, own)
+    own = clip_folder(output)
+    if not own.is_dir():
+        shutil.copytree(clip or CLIP, own)
     named = results / "clip.json"
     known = json.loads(named.read_text(encoding="utf-8"))["fingerprint"] if named.is_file() else None
     mine, others = (
-        backbone_fingerprint(TSCIRModel.from_clip_pretrained(folder).clip)
-        for folder in (clip_folder(output), clip or clip_folder(output))
+        backbone_fingerprint(TSCIRModel.from_clip_pretrained(folder).clip) for folder in (own, clip or own)
     )
     if mine != others or known not in (mine, None):
         raise ValueError(f"{output} is of the CLIP {mine}, {results} of {known}, and {others} is asked for")

@@ -2,6 +2,8 @@ import io
 import json
 import random
 import shutil
+import time
+from dataclasses import asdict, replace
 
 import ablation
 import ablation_data
@@ -215,9 +217,29 @@ def test_another_clip_has_folders_of_its_own(tmp_path, clip_dir, monkeypatch):
         settle_clip(output, tmp_path / "its results", None)
     with pytest.raises(ValueError, match=fingerprint):
         settle_clip(output, results, CLIP)
-    (tmp_path / "packaged" / "cache").mkdir(parents=True)
-    with pytest.raises(ValueError, match="of its own"):
+    with pytest.raises(ValueError, match=fingerprint):
         settle_clip(tmp_path / "packaged", tmp_path / "new", clip_dir)
+    assert (tmp_path / "packaged/clip/model.safetensors").is_file()  # the package may go, what is trained stays whole
+
+
+def test_a_grid_ends_with_its_first_error(tmp_path, monkeypatch):
+    begun = []
+
+    def call(self, command, log):
+        begun.append(command)
+        time.sleep(0.02)
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(Runner, "_call", call)
+    monkeypatch.setattr(ablation, "make_data", lambda *_: None)
+    monkeypatch.setitem(MEASURES, "retrieval", replace(MEASURES["retrieval"], prepare=lambda *_: None))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(asdict(GRID) | {"seeds": list(range(50))}), "utf-8")
+    flags = ["--config", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--jobs", 1]
+    monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, flags)])
+    with pytest.raises(RuntimeError, match="no space left"):
+        ablation.main()
+    time.sleep(0.5)
+    assert 1 <= len(begun) < 10
 
 
 def test_the_report_tells_effects_as_they_are(tmp_path):
@@ -376,7 +398,7 @@ def test_what_is_drawn_is_measured(clip_dir, stage2, processor, tmp_path, monkey
     stage2.save_pretrained(tmp_path / "stage2")
     processor.save_pretrained(tmp_path / "stage2")
     monkeypatch.setattr(ablation_measures, "SCENES", 40)
-    monkeypatch.setattr(ablation_data, "CLIP", clip_dir)
+    settle_clip(tmp_path / "out", tmp_path, clip_dir)
     ablation_measures.readout_scenes.cache_clear()
     try:
         MEASURES[measure].prepare(tmp_path / "out", tmp_path)
