@@ -97,7 +97,7 @@ def sections(figures: dict) -> list[str]:
         f"CLIPs of random weights, texts as long as CIRR's, photos of 400 x 533. Ours computes in {figures['dtype']},",
         f"the faster here (bf16 takes {slower} times as long as fp32); the peers compute in fp32.",
         f"Medians of {figures['rounds']} paired runs with their range.\n",
-        f"The targets are for two cores with AMX, where bf16 is some four times as fast as fp32.{without}\n",
+        f"The targets are for two cores with AMX, and suppose that bf16 is four times as fast as fp32.{without}\n",
         "| work | model | rows | ours | times as fast as the peers | target | times as long as the limit | target "
         "| peak GiB, ours / peers |",
         "|" + "---|" * 9,
