@@ -14,7 +14,7 @@ import torch
 from ablation_data import plain_clip  # and puts the project's folder on the path
 from combiner import fit_combiner
 from datasets import Image, load_dataset
-from harness import compose, embed_pictures, rank
+from harness import compose, embed_pictures, for_queries, rank
 from splits import Split
 
 from miniature.build import pictures
@@ -104,12 +104,16 @@ def pseudo_words(model: TSCIRModel, embeds: torch.Tensor, patches: Callable[[], 
     return torch.cat([model.get_pseudo_words(v, p.float()) for v, p in parts])
 
 
+def load_trained(folder: str) -> tuple[TSCIRModel, TSCIRProcessor]:
+    return for_queries(TSCIRModel.from_pretrained(folder)), TSCIRProcessor.from_pretrained(folder)
+
+
 def composer(
     run: dict, clip: tuple[TSCIRModel, TSCIRProcessor], output: Path
 ) -> Callable[[Split, torch.Tensor], torch.Tensor]:
     """Queries [Q, D] of a split, given its pictures' embeddings: by a trained model, or by a method on plain CLIP."""
     if "model" in run:
-        trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
+        trained = load_trained(run["model"])
 
         def composed(part: Split, pictures: torch.Tensor) -> torch.Tensor:
             embeds = pictures[torch.tensor(sorted(set(part.references)))]
@@ -220,7 +224,7 @@ def read_linearly(fit: torch.Tensor, labels: np.ndarray, others: dict[str, torch
 def evaluate_readout(run: dict, result: Path, output: Path) -> None:
     features = {part: readout_features(output, part) for part in readout_scenes()}
     if "model" in run:
-        trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
+        trained = load_trained(run["model"])
         sentences = {part: pseudo_sentences(*trained, *both) for part, both in features.items()}
     else:
         sentences = {part: embeds for part, (embeds, _) in features.items()}  # what CLIP itself has of the picture
@@ -250,7 +254,7 @@ def prepare_forgetting(output: Path, results: Path) -> None:
 def evaluate_forgetting(run: dict, result: Path, output: Path) -> None:
     """Whether each picture comes first: for its caption and for another rendering of its scene, both by the trained
     model's plain features, and for its own pseudo-words."""
-    trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
+    trained = load_trained(run["model"])
     frames = []
     for part in FURTHER:
         scenes = readout_scenes()[part]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from ablation_data import plain_clip
-from ablation_measures import Measure, splits_of_worlds, write_table
+from ablation_measures import Measure, load_trained, splits_of_worlds, write_table
 from harness import embed_pictures
 from splits import Split
 
@@ -144,7 +144,7 @@ def composed(
 def evaluate_tasks(run: dict, result: Path, output: Path) -> None:
     """Whether the wanted picture comes first; a query's own pictures are removed from its ranking."""
     clip = plain_clip(output)
-    trained = TSCIRModel.from_pretrained(run["model"]), TSCIRProcessor.from_pretrained(run["model"])
+    trained = load_trained(run["model"])
     frames = []
     for name, _, split, args, tasks in worlds_with_queries(output):
         gallery = embed_pictures(*clip, split, args)

@@ -26,6 +26,7 @@ from harness import (  # noqa: E402
     compose,
     counts,
     embed_pictures,
+    for_queries,
     parse_arguments,
     rank,
 )
@@ -91,7 +92,7 @@ def compare(output: Path, world: Path, short: bool, clip_dir: Path) -> tuple[dic
     """
     clip = TSCIRModel.from_clip_pretrained(clip_dir), TSCIRProcessor.from_clip_pretrained(clip_dir)
     models = {
-        name: (TSCIRModel.from_pretrained(output / name), TSCIRProcessor.from_pretrained(output / name))
+        name: (for_queries(TSCIRModel.from_pretrained(output / name)), TSCIRProcessor.from_pretrained(output / name))
         for name in {folder for folder, _ in TRAINED.values()}
     }
     results: dict[str, dict] = {method: {} for method in METHODS}

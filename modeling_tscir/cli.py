@@ -281,6 +281,8 @@ def run_serve(args: argparse.Namespace) -> int:
         raise GalleryError(f"the page needs Gradio: pip install 'tscir[page]' ({error})") from error
     gallery = open_gallery(args.gallery)
     cir = load_pipeline(model_of(gallery, args.model)).index(gallery)
+    if cir.model.active_adapter is not None:
+        cir.model.merge_adapter()
     serve(make_page(cir), args.host, args.port)
     return 0
 

@@ -183,8 +183,9 @@ class TSCIRProcessor(ProcessorMixin):
         """
         rows, starts = [], []
         pieces = [None] * len(texts) if captions is None else self._pieces(captions)
+        templates = self._templates()
         for ids, caption_ids in zip(self._pieces(texts), pieces, strict=True):
-            row, start = self._prompt(ids, caption_ids)
+            row, start = self._prompt(ids, templates, caption_ids)
             rows.append(row)
             starts.append(start)
         batch = self._pad(rows)
@@ -206,12 +207,12 @@ class TSCIRProcessor(ProcessorMixin):
         Raises:
             ValueError: if a query's pictures alone are more than the text encoder reads.
         """
-        rows, masks = [], []
-        (beginning,) = self._pieces([self.prompt_template.split("{image}")[0]])
+        rows, masks, templates = [], [], self._templates()
+        beginning = templates[True][0]
         for content in contents:
             if content[0] is None and len(content) <= 2 and None not in content[1:]:
                 (text_ids,) = self._pieces(content[1:] or [""])
-                row, start = self._prompt(text_ids)
+                row, start = self._prompt(text_ids, templates)
                 rows.append(row)
                 masks.append([start <= place < start + self.num_pseudo_words for place in range(len(row))])
                 continue
@@ -235,12 +236,17 @@ class TSCIRProcessor(ProcessorMixin):
         batch["pseudo_mask"] = torch.tensor([mask + [False] * (width - len(mask)) for mask in masks])
         return batch
 
-    def _prompt(self, text_ids: list[int], caption_ids: list[int] | None = None) -> tuple[list[int], int]:
+    def _templates(self) -> dict[bool, list[list[int]]]:
+        """Ids before the picture, between it and the text, and after that, of prompts with a text and without."""
+        before, after = self.prompt_template.split("{image}")
+        pieces = self._pieces([before, *after.split("{text}"), *self.image_template.split("{image}"), ""])
+        return {True: pieces[:3], False: pieces[3:]}
+
+    def _prompt(
+        self, text_ids: list[int], templates: dict[bool, list[list[int]]], caption_ids: list[int] | None = None
+    ) -> tuple[list[int], int]:
         """Token ids of one prompt, and where its pseudo-words, or the caption in their place, start."""
-        template = self.prompt_template if text_ids else self.image_template
-        before, after = template.split("{image}")
-        between, end = after.split("{text}") if text_ids else (after, "")
-        before, between, end = self._pieces([before, between, end])
+        before, between, end = templates[bool(text_ids)]
         if caption_ids is None:
             # Any id will do where a pseudo-word goes: its embedding is replaced by position, never by id.
             places = [self.tokenizer.bos_token_id] * self.num_pseudo_words
