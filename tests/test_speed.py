@@ -138,6 +138,8 @@ def test_the_report_holds_what_was_measured(tmp_path):
     assert first["vs_peers"] == 2.5 and first["vs_limit"] is None and first["spread"]["vs_peers"] == [2.0, 3.0]
     assert second["work"] == "import modeling_tscir" and second["vs_limit"] == 2.5
     assert (tmp_path / "growth.png").is_file() and entries(figures)[0]["machine"].endswith("AMX")
+    write_report(figures, tmp_path)  # of works alone
+    assert "How cost grows" not in (tmp_path / "speed.md").read_text("utf-8")
 
 
 def test_the_readme_shows_the_stored_figures():

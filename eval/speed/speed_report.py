@@ -78,9 +78,10 @@ def entries(figures: dict) -> list[dict]:
 
 
 def write_report(figures: dict, folder: Path) -> None:
-    """results.json, speed.md and growth.png in `folder`."""
+    """results.json, speed.md and, where curves were measured, growth.png in `folder`."""
     (folder / "results.json").write_text(json.dumps(entries(figures), indent=1) + "\n", encoding="utf-8")
-    draw_growth(figures["curves"], folder / "growth.png")
+    if figures["curves"]:
+        draw_growth(figures["curves"], folder / "growth.png")
     (folder / "speed.md").write_text("\n".join(sections(figures)) + "\n", encoding="utf-8")
 
 
@@ -142,6 +143,15 @@ def sections(figures: dict) -> list[str]:
         f"cosine is {p['least_cosine_pictures']:.5f} of pictures and {p['least_cosine_queries']:.5f} of",
         f"queries; {100 * p['same_ten']:.1f}% of the queries have the same ten pictures first,",
         f"{100 * p['same_one']:.1f}% the same one.\n",
+    ]
+    if figures["curves"]:
+        lines += growth(figures["curves"])
+    return lines
+
+
+def growth(points: list[dict]) -> list[str]:
+    """The report's lines of how cost grows."""
+    lines = [
         "## How cost grows\n",
         "![Seconds and peak memory by size](growth.png)\n",
         "ViT-B/32; medians of three.\n",
@@ -149,9 +159,9 @@ def sections(figures: dict) -> list[str]:
         "|---|---|---|---|",
     ]
     for name in CURVES:
-        points = {(p["size"], p["way"]): p for p in figures["curves"] if p["curve"] == name}
-        for size in sorted({size for size, _ in points}):
-            both = [points.get((size, way)) for way in ("ours", "peers")]
+        own = {(p["size"], p["way"]): p for p in points if p["curve"] == name}
+        for size in sorted({size for size, _ in own}):
+            both = [own.get((size, way)) for way in ("ours", "peers")]
             seconds = " / ".join("" if p is None else f"{median(p['seconds']):.3g}" for p in both)
             peak = " / ".join("" if p is None else f"{p['peak_gib']:.2f}" for p in both)
             lines.append(f"| {name} | {size:,} | {seconds} | {peak} |")
