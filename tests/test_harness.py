@@ -12,6 +12,7 @@ from PIL import Image
 from test_circo import folder as folder  # noqa: PLC0414  (a fixture)
 
 from modeling_tscir import TSCIRProcessor
+from modeling_tscir.adapters import lora_layers
 from modeling_tscir.feature_cache import cached
 from modeling_tscir.images import pad_to_aspect_ratio
 
@@ -114,6 +115,19 @@ def test_what_is_needed_is_asked_for(folder, monkeypatch, capsys, model_dir):
         load_model(parse_arguments(circo.CIRCO, [*flags[:4], "--model_name_or_path", "no/such"]))
     with pytest.raises(ValueError, match="needs one {image}"):
         load_model(parse_arguments(circo.CIRCO, [*flags, "--prompt_template", "a photo of * that {text}"]))
+
+
+def test_queries_are_evaluated_through_merged_adapters_and_are_the_same(folder, tmp_path, stage2, processor, pictures):
+    stage2.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    flags = ["--data_dir", str(folder), "--output_dir", "o", "--model_name_or_path", str(tmp_path / "model")]
+    model, own = load_model(parse_arguments(circo.CIRCO, flags))
+    inputs = own(images=pictures[:2], text=["red", "that b"])
+    layers = []
+    for layer in lora_layers(model):
+        layer.register_forward_hook(lambda *_: layers.append(1))
+    torch.testing.assert_close(model.get_composed_features(**inputs), stage2.get_composed_features(**inputs))
+    assert not layers
 
 
 def test_what_was_used_is_what_is_recorded(folder, run_script, model_dir, clip_dir, capsys):

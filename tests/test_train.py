@@ -143,6 +143,13 @@ def test_a_resumed_stage_two_ends_with_the_same_tensors_mined_negatives_included
         assert same(whole, resumed)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_training(launch, clip_dir, tmp_path):
+    (tmp_path / "taken").write_text("a file", "utf-8")
+    for folder in (tmp_path / "taken", tmp_path / "taken/run"):
+        with pytest.raises(ValueError, match=r"--output_dir .* cannot be used: .*taken is no folder; name another"):
+            launch(stage1_script, clip_dir, folder, "--max_steps", 3)
+
+
 def test_a_new_run_does_not_begin_among_an_old_ones_checkpoints(launch, clip_dir, tmp_path):
     launch(stage1_script, clip_dir, tmp_path, "--max_steps", 5, "--save_steps", 4)
     with pytest.raises(ValueError, match=r"holds checkpoint-4 of an earlier run: go on with it by --resume"):

@@ -109,6 +109,15 @@ def list_checkpoints(output_dir: str) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
+def refuse_unwritable_folder(output_dir: str) -> None:
+    """Raise `ValueError` if nothing can be written there, which would otherwise be found at the first checkpoint."""
+    folder = Path(output_dir).absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "may not be written to" if nearest.is_dir() else "is no folder"
+        raise ValueError(f"--output_dir {output_dir} cannot be used: {nearest} {why}; name another")
+
+
 def refuse_used_folder(output_dir: str) -> None:
     """Raise `ValueError` if an earlier run left checkpoints or best weights where a new one is to begin."""
     found = [*list_checkpoints(output_dir), *(p for p in [Path(output_dir, "best")] if p.exists())]

@@ -18,6 +18,7 @@ from arguments import LoopArguments
 from checkpoints import (
     find_checkpoint,
     keep_only_trained_tensors,
+    refuse_unwritable_folder,
     refuse_used_folder,
     save_best,
     save_checkpoint,
@@ -77,7 +78,8 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     """The run's Accelerator, its seed set.
 
     Raises:
-        ValueError: if there is no checkpoint to go on from, or an earlier run's where a new one is to begin.
+        ValueError: if there is no checkpoint to go on from, an earlier run's where a new one is to begin, or nothing
+            can be written.
     """
     logging.disable_progress_bar()  # a bar for every checkpoint would drown the log
     accelerator = Accelerator(
@@ -88,6 +90,7 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     )
     set_seed(args.seed)
     # Before any feature is computed, as that may take hours.
+    refuse_unwritable_folder(args.output_dir)
     if args.resume_from_checkpoint:
         find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     else:
