@@ -39,6 +39,8 @@ class TSCIRConfig(PreTrainedConfig):
         num_mined_negatives (`int`): mined negatives a query.
         mined_negative_ceiling (`float`): images more similar than this (cosine) to the target are not mined, as
             they are likely to be right answers.
+        gce_q (`float`): 0 to 1, q of stage II's generalized cross-entropy; with 0 it is InfoNCE, and the larger it is,
+            the more wrong targets training bears.
         residual (`float`): how much of what pseudo-words leave out of their picture, v(x) - q(x), a composed query is
             given unless told; nothing is trained for it.
         composed_weight (`float`): -1 to 1, how far a composed query is then moved towards its picture (negative) or
@@ -73,6 +75,7 @@ class TSCIRConfig(PreTrainedConfig):
     mined_negative_weight: float = 0.3
     num_mined_negatives: int = 4
     mined_negative_ceiling: float = 0.99
+    gce_q: float = 0.0
     residual: float = 0.75
     composed_weight: float = 0.2
     training_free_weight: float = 0.5
@@ -114,8 +117,9 @@ class TSCIRConfig(PreTrainedConfig):
             raise ValueError(f"composed_weight must be between -1 and 1, but is {self.composed_weight}")
         if not math.isfinite(self.residual):
             raise ValueError(f"residual must be a number, not {self.residual}")
-        if not 0 <= self.training_free_weight <= 1:
-            raise ValueError(f"training_free_weight must be between 0 and 1, but is {self.training_free_weight}")
+        for name in ("training_free_weight", "gce_q"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, but is {getattr(self, name)}")
         if self.soft_alignment_temperature <= 0 or self.lora_rank < 1:
             raise ValueError("soft_alignment_temperature must be positive and lora_rank at least 1")
 

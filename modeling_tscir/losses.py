@@ -51,6 +51,7 @@ def composing_loss(
     mined_embeds: torch.Tensor | None = None,
     mined_mask: torch.Tensor | None = None,
     mined_weight: float = 1.0,
+    gce_q: float = 0.0,
 ) -> torch.Tensor:
     """InfoNCE of composed queries against targets, with hard negatives in the denominator.
 
@@ -67,6 +68,8 @@ def composing_loss(
         mined_embeds (`torch.Tensor` [B, H, D], *optional*): each query's mined negatives.
         mined_mask (`torch.Tensor` [B, H], *optional*): False where a mined negative is not to be used.
         mined_weight (`float`): 0 leaves the mined negatives out.
+        gce_q (`float`): q of `generalized_cross_entropy`, in both directions; the larger, the less a row leads whose
+            target is wrong.
     """
     logits = logit_scale * query_embeds @ target_embeds.T  # [B, B]
     labels = torch.arange(len(logits), device=logits.device)
@@ -82,5 +85,20 @@ def composing_loss(
         if mined_mask is not None:
             mined = mined.masked_fill(~mined_mask, -math.inf)
         columns.append(mined + math.log(mined_weight))
-    forward = F.cross_entropy(torch.cat(columns, dim=-1), labels)
-    return (forward + F.cross_entropy(logits.T, labels)) / 2
+    forward = generalized_cross_entropy(torch.cat(columns, dim=-1), labels, gce_q)
+    return (forward + generalized_cross_entropy(logits.T, labels, gce_q)) / 2
+
+
+def generalized_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, q: float) -> torch.Tensor:
+    """Mean of (1 - p^q) / q, p being the probability of a row's label.
+
+    With q = 0 it is the cross-entropy, with 1 the mean absolute error. A row's gradient is the cross-entropy's times
+    p^q: rows that seem wrong count less. Source: Zhang and Sabuncu 2018.
+
+    Args:
+        logits (`torch.Tensor` [B, C]) and labels (`torch.LongTensor` [B]).
+        q (`float`): 0 to 1.
+    """
+    if q == 0:
+        return F.cross_entropy(logits, labels)
+    return -torch.expm1(-q * F.cross_entropy(logits, labels, reduction="none")).mean() / q

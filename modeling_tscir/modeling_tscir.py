@@ -205,6 +205,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
                 self.logit_scale,
                 reference_embeds=image_embeds,
                 reference_weight=self.config.reference_negative_weight,
+                gce_q=self.config.gce_q,
             )
         return output if return_dict is not False else output.to_tuple()
 

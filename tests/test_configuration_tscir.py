@@ -38,6 +38,7 @@ def test_openai_end_of_text_id_is_the_last_id():
         {"residual": float("nan")},
         {"soft_alignment_temperature": 0},
         {"mined_negative_weight": -0.1},
+        {"gce_q": 1.1},
     ],
 )
 def test_impossible_choices_are_refused(bad):

@@ -4,7 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling_tscir.losses import composing_loss, info_nce_loss, soft_alignment_loss
+from modeling_tscir.losses import (
+    composing_loss,
+    generalized_cross_entropy,
+    info_nce_loss,
+    soft_alignment_loss,
+)
 
 
 def unit(*shape):
@@ -81,3 +86,31 @@ def test_gradients_are_finite_where_everything_is_masked():
     mask = torch.zeros(4, 2, dtype=torch.bool)
     composing_loss(q, unit(4, 8), 100.0, torch.zeros(4), mined_embeds=unit(4, 2, 8), mined_mask=mask).backward()
     assert torch.isfinite(q.grad).all()
+
+
+def test_generalized_cross_entropy_lies_between_cross_entropy_and_absolute_error():
+    logits, labels = 3 * unit(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+    p = logits.softmax(1)[torch.arange(6), labels]
+    assert generalized_cross_entropy(logits, labels, 0.5).item() == pytest.approx(((1 - p**0.5) / 0.5).mean().item())
+    assert generalized_cross_entropy(logits, labels, 1.0).item() == pytest.approx((1 - p).mean().item())
+    near = generalized_cross_entropy(logits, labels, 1e-4).item()
+    assert near == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-3)
+    assert torch.equal(generalized_cross_entropy(logits, labels, 0), F.cross_entropy(logits, labels))
+
+
+def test_rows_that_seem_wrong_lead_less_by_their_probability():
+    logits, labels = (8 * unit(6, 5)).requires_grad_(), torch.tensor([0, 1, 2, 3, 4, 0])
+    p = logits.detach().softmax(1)[torch.arange(6), labels]
+    (plain,) = torch.autograd.grad(generalized_cross_entropy(logits, labels, 0.0), logits)
+    (robust,) = torch.autograd.grad(generalized_cross_entropy(logits, labels, 0.7), logits)
+    torch.testing.assert_close(robust, plain * p[:, None] ** 0.7)
+
+
+def test_the_composing_loss_is_robust_in_both_directions():
+    q, t, ref, ids = unit(6, 8), unit(6, 8).roll(1, 0), unit(6, 8).flip(0), torch.arange(6)
+    logits = 5.0 * q @ t.T
+    own = 5.0 * (q * ref).sum(-1, keepdim=True) + math.log(0.3)
+    both = torch.cat([logits, own], 1).softmax(1), logits.T.softmax(1)
+    expected = sum((1 - p[torch.arange(6), ids] ** 0.6).mean() / 0.6 for p in both) / 2
+    found = composing_loss(q, t, 5.0, ids, ref, 0.3, gce_q=0.6)
+    assert found.item() == pytest.approx(expected.item())

@@ -61,6 +61,10 @@ class Stage2Arguments:
     mined_negative_ceiling: float | None = field(
         default=None, metadata={"help": "Cosine to the target above which none is mined."}
     )
+    gce_q: float | None = field(
+        default=None,
+        metadata={"help": "0 to 1, q of the generalized cross-entropy; larger ones bear more wrong targets."},
+    )
     residual: float | None = field(
         default=None, metadata={"help": "How much of v(x) - q(x) the trained model's queries have."}
     )
@@ -188,6 +192,7 @@ class Stage2Objective(Objective):
             reference_embeds=references,
             reference_weight=config.reference_negative_weight,
             mined_weight=config.mined_negative_weight,
+            gce_q=config.gce_q,
             **mined,
         )
         terms = {"loss": loss, "target_similarity": (query * targets).sum(-1).mean()}
