@@ -8,6 +8,7 @@ everything works, not how well.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ def launch(stage: int, output: Path, model: Path, world: Path, seed: int, *flags
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", script, "--config", str(recipe)]
     data = world / {1: "captions", 2: "triplets"}[stage]
     command += ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
+    shutil.rmtree(output, ignore_errors=True)  # an earlier demo's, over which training would not write
     subprocess.run([*command, "--seed", str(seed), *flags], check=True)
 
 

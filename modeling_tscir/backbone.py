@@ -119,6 +119,13 @@ def commit_of(cached: str) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def why_not(name: str, error: Exception) -> str:
+    """In a sentence why a model cannot be read; what looks like a path and is none has little to do with the Hub."""
+    if not os.path.exists(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
+        return f"there is no folder {name}"
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+
+
 class BackboneNotFoundError(ValueError):
     """The backbone is not where it should be."""
 
@@ -139,12 +146,14 @@ def load_backbone(
     try:
         config = AutoConfig.from_pretrained(name, **hub)
     except (OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
         raise BackboneNotFoundError(
-            f"the backbone {name!r} (revision {revision}) cannot be found or read: {error}. If it lies elsewhere now, "
-            "name that folder or Hub name: TSCIRModel.from_pretrained(..., backbone=NAME)."
+            f"the CLIP {name!r}{at} cannot be found or read: {why_not(name, error)}"
         ) from error
     if config.model_type != "clip":
-        remedy = " Load it with TSCIRModel.from_pretrained." if config.model_type == TSCIRConfig.model_type else ""
+        remedy = ""
+        if config.model_type == TSCIRConfig.model_type:
+            remedy = " TSCIRModel.from_pretrained loads it, and train/stage2.py goes on with it."
         raise ValueError(f"{name} holds a model of type {config.model_type!r}, not a CLIPModel.{remedy}")
     attn = {"attn_implementation": attn_implementation} if attn_implementation else {}
     refuse_other_forms(name, hub)

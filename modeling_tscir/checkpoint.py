@@ -153,13 +153,16 @@ class CheckpointMixin:
         try:
             clip, fingerprint, _ = load_backbone(name, config.backbone_revision, dtype, attn, **hub)
         except BackboneNotFoundError as error:
+            remedy = (
+                "If it lies elsewhere now, name that: TSCIRModel.from_pretrained(..., backbone=FOLDER_OR_HUB_NAME)"
+            )
             if config.backbone_revision is None:
-                raise
+                raise BackboneNotFoundError(f"{error}. {remedy}.") from error
             # A rewritten history may have lost the commit and kept the weights, which the fingerprint tells.
             try:
                 clip, fingerprint, _ = load_backbone(name, None, dtype, attn, **hub)
             except BackboneNotFoundError:
-                raise error from None
+                raise BackboneNotFoundError(f"{error}. {remedy}.") from error
             logger.warning(f"{name} has no commit {config.backbone_revision} any more; taking its newest")
         if config.backbone_fingerprint and fingerprint != config.backbone_fingerprint:
             raise ValueError(

@@ -1,6 +1,7 @@
 """The command line: `tscir index`, `tscir search`, `tscir info` and `tscir serve`."""
 
 import argparse
+import difflib
 import json
 import re
 import sys
@@ -88,12 +89,24 @@ def make_parser() -> argparse.ArgumentParser:
     info.add_argument("gallery", metavar="G")
     info.add_argument("--json", action="store_true", help="as JSON")
 
-    serve = commands.add_parser("serve", help="a page in the browser (pip install 'tscir[page]')")
+    serve = commands.add_parser("serve", help="a page in the browser (needs gradio)")
     serve.add_argument("gallery", metavar="G")
     serve.add_argument("--model", help=MODEL_HELP + "; the one the gallery was made with unless told")
     serve.add_argument("--host", default="127.0.0.1", help="127.0.0.1, this machine alone, unless told")
     serve.add_argument("--port", type=int, default=7860)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """As argparse does, but that an unknown flag is told with its command's usage and the flag that it resembles."""
+    args, unknown = make_parser().parse_known_args(arguments)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], args.parser._option_string_actions, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+    return args
 
 
 def load_pipeline(name: str):
@@ -102,12 +115,14 @@ def load_pipeline(name: str):
     from transformers.utils import logging
 
     from . import ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
+    from .backbone import why_not
 
     logging.disable_progress_bar()
     try:
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model {name!r} cannot be found or read: {error}") from error
+        why = why_not(name, error)
+        raise ValueError(f"the model {name!r} cannot be found or read: {why}; --model names another place") from error
     load = "from_pretrained" if kind == "tscir" else "from_clip_pretrained"
     model, processor = getattr(TSCIRModel, load)(name), getattr(TSCIRProcessor, load)(name)
     if model.mapper is None:
@@ -122,6 +137,11 @@ def load_pipeline(name: str):
 def tell(text: str) -> None:
     """To people; stdout is for results."""
     print(text, file=sys.stderr, flush=True)
+
+
+def nearest_file(path: Path) -> Path | None:
+    """`path` itself or the folder above it that is a file, if one is."""
+    return next((one for one in (path, *path.parents) if one.is_file()), None)
 
 
 def model_of(gallery, given: str | None) -> str:
@@ -144,6 +164,8 @@ def run_index(args: argparse.Namespace) -> int:
 
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder} is not a folder")
+    if not is_milvus(args.output) and (taken := nearest_file(Path(args.output))):
+        raise ValueError(f"--output {args.output}: {taken} is a file; name a folder")
     processes = Processes()  # before the model, as it chooses each process's GPU
     there = is_milvus(args.output) or (Path(args.output) / "gallery.json").is_file()
     name = args.model or model_of(open_gallery(args.output) if there else None, None)
@@ -278,18 +300,23 @@ def run_serve(args: argparse.Namespace) -> int:
     try:
         from .page import make_page, serve
     except ImportError as error:
-        raise GalleryError(f"the page needs Gradio: pip install 'tscir[page]' ({error})") from error
+        raise GalleryError(f"the page needs Gradio: pip install gradio ({error})") from error
     gallery = open_gallery(args.gallery)
+    if len(gallery) == 0:
+        raise ValueError(f"{args.gallery} holds no pictures; index some: tscir index PHOTOS --output {args.gallery}")
     cir = load_pipeline(model_of(gallery, args.model)).index(gallery)
     if cir.model.active_adapter is not None:
         cir.model.merge_adapter()
-    serve(make_page(cir), args.host, args.port)
+    try:
+        serve(make_page(cir), args.host, args.port)
+    except OSError as error:
+        raise ValueError(f"port {args.port} of {args.host} cannot be had; name another: --port ({error})") from error
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0, 1 with --strict over unreadable files, 2 for mistakes, 130 when interrupted."""
-    args = make_parser().parse_args(arguments)
+    args = parse_arguments(arguments)
     run = {"index": run_index, "search": run_search, "info": run_info, "serve": run_serve}[args.command]
     try:
         return run(args)

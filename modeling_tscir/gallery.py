@@ -93,7 +93,9 @@ class Gallery(IndexMixin):
                 raise GalleryError(f"{path} has format {self.info['format']}; this package reads {FORMAT}")
             self.info["fingerprint"], self.info["dimensions"], DTYPES[self.info["dtype"]]
         except FileNotFoundError as error:
-            remedy = f"make one with: tscir index PHOTOS --output {folder}"
+            of_pictures = self.folder.is_dir() and any(self.folder.iterdir())
+            place = f"{folder} --output {folder}.gallery" if of_pictures else f"PHOTOS --output {folder}"
+            remedy = f"make one with: tscir index {place}"
             raise GalleryError(f"{folder} holds no gallery; {remedy}") from error
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise GalleryError(f"{path} cannot be read ({error}); index the pictures into another folder") from error

@@ -108,7 +108,7 @@ def import_faiss():
     try:
         import faiss
     except ImportError as error:
-        raise GalleryError("this needs FAISS: pip install 'tscir[faiss]'") from error
+        raise GalleryError("this needs FAISS: pip install faiss-cpu") from error
     return faiss
 
 

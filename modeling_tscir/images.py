@@ -60,9 +60,9 @@ def _failures_as_sentences() -> Iterator[None]:
     try:
         yield
     except Image.DecompressionBombError as error:
-        raise ValueError(f"refused as a decompression bomb: {error}") from error
+        raise ValueError(f"refused as a decompression bomb: {error}; store it smaller") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError("not a picture in any known format") from error
+        raise ValueError("not a picture in any known format (of phones' HEIC files make JPEGs)") from error
     except FileNotFoundError as error:
         raise ValueError("missing") from error
     except urllib.error.URLError as error:
@@ -107,7 +107,7 @@ def _formats() -> tuple[str, ...]:
 def _not_a_bomb(image: Image.Image) -> Image.Image:
     # Pillow only warns below twice its limit, and turning warnings into errors is not safe among threads.
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"refused as a decompression bomb: {image.width} x {image.height} pixels")
+        raise ValueError(f"refused as a decompression bomb: {image.width} x {image.height} pixels; store it smaller")
     return image
 
 

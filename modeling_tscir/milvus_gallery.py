@@ -402,7 +402,7 @@ def connect(address: str):
     try:
         from pymilvus import MilvusClient, MilvusException
     except ImportError as error:
-        raise GalleryError("this needs pymilvus: pip install 'tscir[milvus]'") from error
+        raise GalleryError("this needs pymilvus: pip install pymilvus milvus-lite") from error
     try:
         return MilvusClient(address, timeout=20)
     except (MilvusException, OSError, ValueError) as error:

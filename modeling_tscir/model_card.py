@@ -17,7 +17,7 @@ LICENCES = {  # of the weights, by the backbone's name on the Hub
 }
 SHOWN = (
     "dataset_name", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "num_processes", "learning_rate", "lr_scheduler_type", "weight_decay", "mixed_precision", "seed",
+    "num_processes", "learning_rate", "lr_scheduler_type", "weight_decay", "gce_q", "mixed_precision", "seed",
 )  # fmt: skip
 # What training records of local files is absolute; patterns have a suffix.
 ON_HUB = re.compile(r"[\w-]+/[\w-][\w.-]*(?<!\.tar)(?<!\.parquet)(?<!\.json)(?<!\.jsonl)(?<!\.csv)")

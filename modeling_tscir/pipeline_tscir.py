@@ -348,6 +348,8 @@ def as_queries(inputs, image, text, content) -> tuple[list[list], bool]:
     if inputs is not None:
         if any(x is not None for x in (image, text, content)):
             raise ValueError("give queries either as inputs or as image=, text= and content=, not both")
+        if isinstance(inputs, str):
+            raise ValueError(f'a query is {{"image": ..., "text": ...}} or a list of such, not {inputs!r}')
         single = isinstance(inputs, dict)
         queries = [inputs] if single else list(inputs)
     elif content is not None:
@@ -379,8 +381,15 @@ def as_content(query: dict, number: int) -> list[str | Picture]:
         if not isinstance(query["content"], (list, tuple)):
             raise ValueError(f"query {number}: content is a list of pictures and texts")
         given = list(query["content"])
+        for part in given:
+            if isinstance(part, str) and (is_url(part) or os.path.isfile(part)):
+                raise ValueError(
+                    f'query {number}: {part!r} would be read as a text; a picture is {{"image": {part!r}}}'
+                )
     else:
         picture, text = query.get("image"), query.get("text")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"query {number}: a text is a string, not {text!r}")
         given = ([] if picture is None else [{"image": picture}]) + ([] if text is None else [text])
     parts = [part if isinstance(part, str) else Picture(picture_of(part)) for part in given]
     pictures = [part.source for part in parts if isinstance(part, Picture)]

@@ -126,9 +126,7 @@ class QueryMixin:
         if visible is None:
             hidden = text_model.embeddings(inputs_embeds=words)  # adds positions
             # Attention is causal and padding is on the right, so the state at EOS does not see it: no padding mask.
-            mask = create_causal_mask(
-                config=text_model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None
-            )
+            mask = create_causal_mask(text_model.config, hidden, None, None)  # no mask of ours, and no cache
         else:
             hidden = words + text_model.embeddings.position_embedding(positions)
             mask = hidden.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(hidden.dtype).min)[:, None]

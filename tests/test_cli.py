@@ -134,7 +134,13 @@ def test_an_index_and_its_recall(run, indexed, picture_folder):
         (["index", "{p}", "-o", "{p}", "--model", "{m}"], "holds no gallery; name a new folder"),
         (["index", "{p}", "-o", "{g}x"], "name a model"),
         (["index", "{p}", "-o", "{g}x", "--model", "no/such-model"], "'no/such-model' cannot be found"),
-        (["info", "{p}"], "holds no gallery"),
+        (["info", "{p}"], "pictures holds no gallery; make one with: tscir index"),
+        (["index", "{p}", "-o", "{p}/0.png/g", "--model", "{m}"], "0.png is a file; name a folder"),
+        (
+            ["index", "{p}", "-o", "{g}x", "--model", "./no-such"],
+            "there is no folder ./no-such; --model",
+        ),
+        (["search", "{g}", "--text", "a", "--top-k", "3"], "unrecognized arguments: --top-k 3; did you mean --top_k?"),
         (["index", "{p}", "-o", "{g}", "--dtype", "float32"], "stores float16, not float32"),
     ],
 )

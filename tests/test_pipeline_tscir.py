@@ -111,21 +111,26 @@ def test_bad_pictures_are_named_before_work_or_skipped(cir, pictures, picture_fo
     assert len(cir(image=pictures[0], text="red")) == 6
 
 
-def test_misuse_is_explained(cir, pictures):
+def test_misuse_is_explained(cir, pictures, tmp_path):
     with pytest.raises(ValueError, match="index"):
         cir(image=pictures[0], text="red")
     cir.index(pictures)
     for nothing in ({"text": ""}, {}, {"content": []}, {"image": None, "text": None}):
         with pytest.raises(ValueError, match="query 0 lacks its picture or text"):
             cir(nothing)
-    for odd, message in (("red", "query 0 is 'r'"), (["red"], "query 0 is 'red'"),
+    for odd, message in (("red", "or a list of such, not 'red'"), (["red"], "query 0 is 'red'"),
                          ({"content": "red"}, "content is a list"), ({"image": 3.5}, "no picture"),
                          ({"img": pictures[0], "text": "red"}, "query 0 has 'img'"),
                          ({"text": "red", "weight": 1}, "query 0 has 'weight'"), ({"text": "  "}, "query 0 lacks"),
                          ({"content": ["red"], "text": "red"}, "query 0 has 'text'"),
+                         ({"image": pictures[0], "text": 5}, "a text is a string, not 5"),
                          ({"image": {"score": 1.0, "id": 3}}, "return_images=False")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             cir(odd)
+    pictures[0].save(tmp_path / "a.png")
+    for path in (str(tmp_path / "a.png"), "https://example.org/a.png"):
+        with pytest.raises(ValueError, match=r"a\.png' would be read as a text; a picture is {\"image\": "):
+            cir(content=[path, "in the colour of", pictures[1]])
     with pytest.raises(ValueError, match=r"nowhere\.png: missing"):
         cir(image="nowhere.png", text="red")
     with pytest.raises(ValueError, match="of one picture and then a text, of no other order or number"):

@@ -306,7 +306,8 @@ def test_the_script_refuses(model_dir, tmp_path, monkeypatch):
     for arguments, message in (
         ([tmp_path / "none", "--repo_id", "a/b"], "is not a folder"),
         ([model_dir, "--repo_id", "a"], "is user/name"),
-        ([model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "full"], "is not empty"),
+        ([model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "full"], "file or not empty"),
+        ([model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "full/x"], "file or not empty"),
         (
             [model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "d", "--results", tmp_path / "r.json"],
             "results.json",
@@ -316,6 +317,18 @@ def test_the_script_refuses(model_dir, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
         with pytest.raises(SystemExit, match=message):
             publish.main()
+
+
+def test_without_a_connection_the_script_says_so(model_dir, monkeypatch):
+    import publish
+
+    def fail(*_, **__):
+        raise publish.UNREACHABLE[-1]("Name or service not known")
+
+    monkeypatch.setattr(publish, "upload_repository", fail)
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(model_dir), "--repo_id", "a/b"])
+    with pytest.raises(SystemExit, match="the Hub cannot be reached: .*--dry_run FOLDER"):
+        publish.main()
 
 
 @pytest.mark.parametrize("form", ["full", "reference"])

@@ -116,6 +116,27 @@ def test_what_is_missing_is_named(data, tmp_path):
         run(data, tmp_path / "out", "--id_column", "picture")
     with pytest.raises(SystemExit, match="neither pictures"):
         run(data, tmp_path / "out", "--image_column", "x")
+    with pytest.raises(SystemExit, match=r"--dataset_name .*nowhere, split train, cannot be loaded: "):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "file").write_text("", "utf-8")
+    with pytest.raises(SystemExit, match="--output_dir .* cannot be used: .*file is no folder"):
+        run(data, tmp_path / "file")
+
+
+def test_triplets_that_are_there_are_not_replaced_and_too_few_are_told(data, tmp_path, capsys):
+    first = run(data, tmp_path / "out", "--num_triplets", "1000")
+    assert f"{len(first)} triplets are fewer than 1000; lower --min_similarity" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="holds triplets already: choose another --output_dir"):
+        run(data, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        run(data, tmp_path / "other", "--num_triplets", "0")
+    assert "--num_triplets is at least 1, not 0" in capsys.readouterr().err
+
+
+def test_pictures_that_cannot_be_read_are_named_by_their_files(data, tmp_path):
+    (tmp_path / "3.png").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match=r"row 3: not a picture.*3\.png"):
+        run(data, tmp_path / "out")
 
 
 def test_rows_without_a_caption_are_named_or_left_out(data, tmp_path):

@@ -150,6 +150,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(launch, clip
             launch(stage1_script, clip_dir, folder, "--max_steps", 3)
 
 
+def test_a_trained_model_is_not_written_over(launch, clip_dir, stage1_folder, tmp_path, capsys):
+    launch(stage1_script, clip_dir, tmp_path / "run", "--max_steps", 1)
+    assert f"trained 1 steps; written to {tmp_path / 'run'}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds a model, which .* write over: choose another --output_dir"):
+        launch(stage1_script, clip_dir, tmp_path / "run", "--max_steps", 1)
+    with pytest.raises(ValueError, match="holds a model, which this run would write over"):
+        launch(stage2_script, stage1_folder, stage1_folder, "--max_steps", 1)
+
+
 def test_a_new_run_does_not_begin_among_an_old_ones_checkpoints(launch, clip_dir, tmp_path):
     launch(stage1_script, clip_dir, tmp_path, "--max_steps", 5, "--save_steps", 4)
     with pytest.raises(ValueError, match=r"holds checkpoint-4 of an earlier run: go on with it by --resume"):
@@ -333,15 +342,15 @@ def test_bad_pictures_stop_a_run_before_it_starts_or_are_skipped(launch, clip_di
     rows = (
         load_dataset(str(data / "captions"), split="train").cast_column("image", ImageFeature(decode=False)).to_list()
     )
-    rows[5]["image"], rows[9]["image"] = {"bytes": b"nothing", "path": None}, {"bytes": b"", "path": None}
+    rows[5]["image"], rows[9]["image"] = {"bytes": b"nothing", "path": "5.jpg"}, {"bytes": b"", "path": None}
     features = Features({"image": ImageFeature(), "caption": Value("string")})
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "captions" / "train.parquet")
     flags = ["--dataset_name", tmp_path / "captions", "--max_steps", 1]
-    with pytest.raises(BadImagesError, match=r"(?s)2 of 24.*row 5, column image.*row 9, column image"):
+    with pytest.raises(BadImagesError, match=r"(?s)2 of 24.*row 5, column image, 5\.jpg: .*row 9, column image: "):
         launch(stage1_script, clip_dir, tmp_path / "out", *flags)
     launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--on_bad_image", "skip")
     report = json.loads((tmp_path / "out" / "training_arguments.json").read_text("utf-8"))
-    assert [name for name, _ in report["skipped_images"]] == ["row 5, column image", "row 9, column image"]
+    assert [name for name, _ in report["skipped_images"]] == ["row 5, column image, 5.jpg", "row 9, column image"]
 
 
 def test_wrong_starts_say_which_command_is_missing(launch, clip_dir, stage1_folder, stage2, processor, tmp_path):

@@ -119,12 +119,16 @@ def refuse_unwritable_folder(output_dir: str) -> None:
 
 
 def refuse_used_folder(output_dir: str) -> None:
-    """Raise `ValueError` if an earlier run left checkpoints or best weights where a new one is to begin."""
+    """Raise `ValueError` if a new run would begin among an earlier run's files, or write over a model."""
     found = [*list_checkpoints(output_dir), *(p for p in [Path(output_dir, "best")] if p.exists())]
     if found:
         raise ValueError(
             f"{output_dir} holds {', '.join(p.name for p in found)} of an earlier run: go on with it by "
             "--resume_from_checkpoint latest, choose another --output_dir, or remove them"
+        )
+    if Path(output_dir, "config.json").is_file():
+        raise ValueError(
+            f"{output_dir} holds a model, which this run would write over: choose another --output_dir, or remove it"
         )
 
 
@@ -138,5 +142,7 @@ def find_checkpoint(output_dir: str, wanted: str) -> Path:
         return Path(wanted)
     found = list_checkpoints(output_dir)
     if not found:
-        raise ValueError(f"{output_dir} holds no checkpoint to resume from")
+        raise ValueError(
+            f"{output_dir} holds no checkpoint to resume from; one is written every --save_steps steps, and at Ctrl-C"
+        )
     return found[-1]

@@ -206,6 +206,7 @@ def train(
         model.save_pretrained(args.output_dir, backbone="reference")
         processor.save_pretrained(args.output_dir)
         write_record(Path(args.output_dir), settings | {"skipped_images": skipped}, accelerator, progress)
+    accelerator.print(f"trained {progress.step} steps; written to {args.output_dir}")
     # The process group must not be freed by DDP's destructor, which holds the interpreter's lock while gloo's threads
     # wait for it: a run that had ended would hang.
     del objective, optimizer

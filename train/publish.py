@@ -8,6 +8,7 @@ and listed. The token is that of `hf auth login`, or HF_TOKEN.
 """
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -18,6 +19,10 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.publishing import default_form, upload_repository, write_repository
 
 
+# What the HTTP library raises without a connection, whichever huggingface_hub has.
+UNREACHABLE = tuple(
+    importlib.import_module(name).TransportError for name in ("httpx", "httpx2") if importlib.util.find_spec(name)
+)
 REASONS = {
     "full": "the backbone is in no repository that others could fetch it from",
     "reference": "the backbone is on the Hub, at a known commit",
@@ -47,6 +52,8 @@ def main() -> None:
         publish(args)
     except (ValueError, OSError, HfHubHTTPError) as error:
         sys.exit(f"error: {error}")
+    except UNREACHABLE as error:
+        sys.exit(f"error: the Hub cannot be reached: {error}; --dry_run FOLDER writes the repository alone")
 
 
 def publish(args: argparse.Namespace) -> None:
@@ -54,8 +61,9 @@ def publish(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.folder} is not a folder; train one with train/stage1.py and train/stage2.py")
     if args.repo_id.count("/") != 1:
         raise ValueError(f"--repo_id is user/name, not {args.repo_id!r}")
-    if args.dry_run is not None and args.dry_run.exists() and any(args.dry_run.iterdir()):
-        raise ValueError(f"{args.dry_run} is not empty; name a new folder")
+    place = args.dry_run
+    if place is not None and place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ValueError(f"--dry_run {place} is a file or not empty; name a new folder")
     datasets = dict(pair.split("=", 1) for pair in args.benchmark_dataset if "=" in pair)
     if len(datasets) != len(args.benchmark_dataset):
         raise ValueError("--benchmark_dataset is given as cirr=owner/name")

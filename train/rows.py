@@ -66,7 +66,10 @@ def check_columns(
     """Raise `ValueError` for columns that are missing, or hold no texts where they should."""
     missing = [f"{name} ({what})" for name, what in columns.items() if name not in rows.column_names]
     if missing:
-        raise ValueError(f"{data.dataset_name} lacks columns {missing}; it has {rows.column_names}")
+        raise ValueError(
+            f"{data.dataset_name} lacks columns {missing}; it has {rows.column_names}. Flags that end in _column "
+            "name others"
+        )
     for name in set(columns) - set(images):
         if getattr(rows.features[name], "dtype", None) not in ("string", "large_string", "null"):
             raise ValueError(f"column {name} of {data.dataset_name} holds no texts but {rows.features[name]}")
@@ -75,6 +78,11 @@ def check_columns(
 def text_problem(text: str | None, column: str) -> str | None:
     """Why a row's text cannot be trained on, or None."""
     return f"no text in column {column}" if text is None or not text.strip() else None
+
+
+def file_of(picture: dict | None) -> str:
+    """ ", " and the file that an encoded picture of `datasets` came from, where it says so."""
+    return f", {picture['path']}" if picture is not None and picture.get("path") else ""
 
 
 def load_rows(
@@ -97,11 +105,12 @@ def load_rows(
         raise ValueError(f"{data.dataset_name}, split {data.dataset_train_split}, has no rows")
     bad: list[tuple[str, str]] = []
     for column in columns:
-        names = [f"row {i}, column {column}" for i in range(len(rows))]
         if column in images:
             rows = rows.cast_column(column, ImageFeature(decode=False))
+            names = [f"row {i}, column {column}{file_of(picture)}" for i, picture in enumerate(rows[column])]
             bad += find_bad_images(rows[column], names)
         else:
+            names = [f"row {i}, column {column}" for i in range(len(rows))]
             problems = (text_problem(text, column) for text in rows[column])
             bad += [(name, why) for name, why in zip(names, problems, strict=True) if why is not None]
     handle_bad_images(bad, len(rows) * max(1, len(images)), data.on_bad_image)
@@ -150,7 +159,8 @@ class GroupedBatches:
     def __init__(self, num_rows: int, batch_size: int, seed: int, groups: list | None = None):
         if num_rows < batch_size:
             raise ValueError(
-                f"{num_rows} rows do not fill a batch of {batch_size}; lower --per_device_train_batch_size"
+                f"{num_rows} rows, less those held out, do not fill a batch of {batch_size}; lower "
+                "--per_device_train_batch_size or --validation_rows"
             )
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.members: list[list[int]] | None = None

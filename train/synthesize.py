@@ -25,11 +25,12 @@ from pathlib import Path
 
 import torch
 from caption_pairs import Change, changes_between, diversity, near_captions, words_of
+from checkpoints import refuse_unwritable_folder
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from language_model import ChatModel, Endpoint, Writer
 from picture_pairs import told_apart
-from rows import BUILDERS, check_columns, text_problem
+from rows import BUILDERS, check_columns, file_of, text_problem
 from tqdm.auto import tqdm
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
@@ -120,7 +121,13 @@ def read_rows(args: argparse.Namespace) -> tuple[Dataset, list, dict[str, str]]:
     name, files = args.dataset_name, {"data_files": args.data_files} if args.data_files else {}
     if not files and (builder := BUILDERS.get(Path(name).suffix)):
         name, files = builder, {"data_files": name}
-    rows = load_dataset(name, split=args.dataset_train_split, **files, **options)
+    try:
+        rows = load_dataset(name, split=args.dataset_train_split, **files, **options)
+    except Exception as error:  # whatever the builder of that format raises
+        raise ValueError(
+            f"--dataset_name {args.dataset_name}, split {args.dataset_train_split}, cannot be loaded: "
+            f"{error or type(error).__name__}"
+        ) from error
     check_columns(args, {args.caption_column: "the caption"}, rows, images=[])
     if args.id_column is not None and args.id_column not in rows.column_names:
         raise ValueError(
@@ -132,7 +139,9 @@ def read_rows(args: argparse.Namespace) -> tuple[Dataset, list, dict[str, str]]:
     bad = {name: why for name, why in zip(names, problems, strict=True) if why is not None}
     if has_images:
         rows = rows.cast_column(args.image_column, ImageFeature(decode=False))
-        bad |= dict(find_bad_images(rows[args.image_column], names))
+        pictures = rows[args.image_column]
+        reasons = dict(find_bad_images(pictures, range(len(rows))))
+        bad |= {names[i]: f"{why}{file_of(pictures[i])}" for i, why in reasons.items()}
     handle_bad_images(list(bad.items()), len(rows), args.on_bad_image)
     kept = [i for i, name in enumerate(names) if name not in bad]
     rows = rows.select(kept) if bad else rows
@@ -167,7 +176,14 @@ def write_modifications(
 
 
 def synthesize(args: argparse.Namespace) -> dict:
-    """Write the triplets and their card; gives the report that is in it."""
+    """Write the triplets and their card; gives the report that is in it.
+
+    Raises:
+        ValueError: for what cannot be read or written, and rather than replace triplets that are there.
+    """
+    refuse_unwritable_folder(str(args.output_dir))
+    if any((args.output_dir / "data").glob("*.parquet")):
+        raise ValueError(f"{args.output_dir} holds triplets already: choose another --output_dir, or remove its data/")
     rows, ids, left_out = read_rows(args)
     texts = list(rows[args.caption_column])
     captions = [words_of(text) for text in texts]
@@ -196,9 +212,11 @@ def synthesize(args: argparse.Namespace) -> dict:
             kept.append((i, j, text, kind))
     if dropped.get("no usable text") == len(pairs) > 0:
         raise ValueError(f"{args.language_model} wrote nothing usable for {len(pairs)} pairs: {writing}")
+    lower = "--min_caption_gain or --min_caption_fit" if args.model_name_or_path else "--min_similarity"
     if not kept:
-        lower = "min_similarity" if args.model_name_or_path is None else "min_caption_gain or --min_caption_fit"
-        raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}. Lower --{lower}")
+        raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}. Lower {lower}")
+    if len(kept) < args.num_triplets:
+        sys.stderr.write(f"{len(kept)} triplets are fewer than {args.num_triplets}; lower {lower} for more\n")
     report = {"quality": args.quality, "left_out": left_out, "pairs": len(pairs), "dropped": dropped}
     report["writing"] = writing
     report |= diversity([text for *_, text, _ in kept], [kind for *_, kind in kept])
@@ -260,12 +278,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_files", help="for a format's name, such as --dataset_name json --data_files x.json")
     parser.add_argument("--json_field", help="where the records are in a JSON file")
     parser.add_argument("--dataset_train_split", default="train")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="caption")
+    parser.add_argument("--image_column", default="image", help="the pictures (image)")
+    parser.add_argument("--caption_column", default="caption", help="their captions (caption)")
     parser.add_argument("--id_column", help=f"equal for captions of one picture; {ID_COLUMN}, where the data has it")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_triplets", type=int, default=100_000)
-    parser.add_argument("--quality", default="low", choices=["low", "high"])
+    parser.add_argument("--num_triplets", type=int, default=100_000, help="at most (100,000)")
+    parser.add_argument(
+        "--quality", default="low", choices=["low", "high"], help="by template (low), or by a language model"
+    )
     parser.add_argument("--model_name_or_path", help="a CLIP: pairs pictures, rather than captions")
     for name, (default, what, _) in LIMITS.items():
         parser.add_argument(f"--{name}", type=float, help=f"{what} ({default})")
@@ -282,6 +302,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    if args.num_triplets < 1:
+        parser.error(f"--num_triplets is at least 1, not {args.num_triplets}")
     if args.quality == "high" and not args.language_model:
         parser.error("--quality high needs --language_model")
     for name, (default, _, of_pictures) in LIMITS.items():
