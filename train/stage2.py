@@ -63,7 +63,7 @@ class Stage2Arguments:
     )
     gce_q: float | None = field(
         default=None,
-        metadata={"help": "0 to 1, q of the generalized cross-entropy; larger ones bear more wrong targets."},
+        metadata={"help": "q of generalized cross-entropy: 0 is InfoNCE, the default; 0.7 bears many wrong targets."},
     )
     residual: float | None = field(
         default=None, metadata={"help": "How much of v(x) - q(x) the trained model's queries have."}
