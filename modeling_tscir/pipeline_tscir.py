@@ -383,9 +383,8 @@ def as_content(query: dict, number: int) -> list[str | Picture]:
         given = list(query["content"])
         for part in given:
             if isinstance(part, str) and (is_url(part) or os.path.isfile(part)):
-                raise ValueError(
-                    f'query {number}: {part!r} would be read as a text; a picture is {{"image": {part!r}}}'
-                )
+                # Whoever types on a page must not learn from an error which files are there.
+                logger.warning(f'query {number}: {part!r} is read as a text; a picture is {{"image": {part!r}}}')
     else:
         picture, text = query.get("image"), query.get("text")
         if text is not None and not isinstance(text, str):

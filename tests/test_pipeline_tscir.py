@@ -111,7 +111,7 @@ def test_bad_pictures_are_named_before_work_or_skipped(cir, pictures, picture_fo
     assert len(cir(image=pictures[0], text="red")) == 6
 
 
-def test_misuse_is_explained(cir, pictures, tmp_path):
+def test_misuse_is_explained(cir, pictures):
     with pytest.raises(ValueError, match="index"):
         cir(image=pictures[0], text="red")
     cir.index(pictures)
@@ -127,10 +127,6 @@ def test_misuse_is_explained(cir, pictures, tmp_path):
                          ({"image": {"score": 1.0, "id": 3}}, "return_images=False")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             cir(odd)
-    pictures[0].save(tmp_path / "a.png")
-    for path in (str(tmp_path / "a.png"), "https://example.org/a.png"):
-        with pytest.raises(ValueError, match=r"a\.png' would be read as a text; a picture is {\"image\": "):
-            cir(content=[path, "in the colour of", pictures[1]])
     with pytest.raises(ValueError, match=r"nowhere\.png: missing"):
         cir(image="nowhere.png", text="red")
     with pytest.raises(ValueError, match="of one picture and then a text, of no other order or number"):
@@ -170,6 +166,18 @@ def test_a_picture_alone_and_a_text_alone_are_frozen_clips(cir, stage2, processo
         text = torch.nn.functional.normalize(stage2.get_text_features(**processor(text="red")), dim=-1)
     assert cosines(cir, image=pictures[2]) == pytest.approx((gallery[2] @ gallery.T).tolist(), abs=1e-5)
     assert cosines(cir, text="red") == pytest.approx((text @ gallery.T)[0].tolist(), abs=1e-5)
+
+
+def test_a_path_that_is_read_as_a_text_is_told(cir, pictures, tmp_path, monkeypatch):
+    cir.index(pictures)
+    pictures[0].save(tmp_path / "a.png")
+    told = []
+    monkeypatch.setattr("modeling_tscir.pipeline_tscir.logger.warning", told.append)
+    for path in (str(tmp_path / "a.png"), "https://example.org/a.png"):
+        cir(content=[path, "in the colour of", pictures[1]])
+        assert f'{path!r} is read as a text; a picture is {{"image": {path!r}}}' in told.pop()
+    cir(content=["red", pictures[1]])
+    assert not told
 
 
 def test_content_lists(cir, stage2, processor, pictures, picture_folder):
