@@ -104,7 +104,7 @@ def shortened(text: str, draw: ImageDraw.ImageDraw) -> str:
 
 
 def wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
-    """The text in at most six lines of `width` pixels."""
+    """The text in at most six lines of `width` pixels; "…" ends it where there are more."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -112,4 +112,4 @@ def wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
             lines.append(word)
         else:
             lines[-1] = longer
-    return "\n".join(lines[:6])
+    return "\n".join([*lines[:5], f"{lines[5]} …"] if len(lines) > 6 else lines)

@@ -3,10 +3,10 @@ import re
 
 import pandas as pd
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from modeling_tscir import cli
-from modeling_tscir.contact_sheet import font
+from modeling_tscir.contact_sheet import font, wrapped
 
 
 @pytest.fixture
@@ -154,6 +154,13 @@ def test_letters_of_other_languages_are_drawn():
     if font(13).getname()[0] == ImageFont.load_default(13).getname()[0]:
         pytest.skip("this system has none of the fonts")
     assert len({bytes(font(13).getmask(letter)) for letter in "uüжλ"}) == 4
+
+
+def test_a_long_query_is_cut_where_it_is_seen():
+    draw = ImageDraw.Draw(Image.new("RGB", (10, 10)))
+    assert wrapped("a red dress", draw, 400) == "a red dress"
+    lines = wrapped("word " * 200, draw, 400).split("\n")
+    assert len(lines) == 6 and lines[-1].endswith("word …") and not any("…" in line for line in lines[:-1])
 
 
 def test_an_empty_gallery_is_not_searched(run, model_dir, tmp_path):
