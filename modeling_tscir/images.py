@@ -62,7 +62,7 @@ def _failures_as_sentences() -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"refused as a decompression bomb: {error}; store it smaller") from error
     except Image.UnidentifiedImageError as error:
-        raise ValueError("not a picture in any known format (of phones' HEIC files make JPEGs)") from error
+        raise ValueError("not a picture in any known format") from error
     except FileNotFoundError as error:
         raise ValueError("missing") from error
     except urllib.error.URLError as error:

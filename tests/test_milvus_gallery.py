@@ -156,7 +156,7 @@ def test_a_server_that_does_not_answer_is_named(stage2, processor):
 
 def test_without_pymilvus_one_is_told_what_to_install(stage2, processor, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pymilvus", None)
-    with pytest.raises(GalleryError, match=r"pip install 'tscir\[milvus\]'"):
+    with pytest.raises(GalleryError, match="pip install pymilvus milvus-lite"):
         MilvusGallery.open_or_create(str(tmp_path / "g.db"), stage2, processor)
 
 

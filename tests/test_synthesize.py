@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 
 import pytest
 import synthesize
@@ -103,6 +104,7 @@ def test_texts_written_by_a_language_model(data, tmp_path, server, capsys):  # n
     assert set(rows["modification"]) == {"make it red"} and set(rows["quality"]) == {"high"}
     assert report["writing"]["written"] == 6 and report["writing"]["cost"] == pytest.approx(7 * 50 * 2 / 1e6)
     asked = len(server.requests)
+    shutil.rmtree(tmp_path / "out" / "data")  # as if interrupted before the triplets were written
     run(data, tmp_path / "out", *flags)
     assert len(server.requests) == asked  # all from the cache
     with pytest.raises(SystemExit):
