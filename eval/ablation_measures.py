@@ -14,7 +14,7 @@ import torch
 from ablation_data import plain_clip  # and puts the project's folder on the path
 from combiner import fit_combiner
 from datasets import Image, load_dataset
-from harness import compose, embed_pictures, for_queries, rank
+from harness import compose, embed_pictures, rank
 from splits import Split
 
 from miniature.build import pictures
@@ -105,7 +105,10 @@ def pseudo_words(model: TSCIRModel, embeds: torch.Tensor, patches: Callable[[], 
 
 
 def load_trained(folder: str) -> tuple[TSCIRModel, TSCIRProcessor]:
-    return for_queries(TSCIRModel.from_pretrained(folder)), TSCIRProcessor.from_pretrained(folder)
+    """A trained folder, ready for many queries."""
+    model = TSCIRModel.from_pretrained(folder)
+    model.merge_adapter()
+    return model, TSCIRProcessor.from_pretrained(folder)
 
 
 def composer(

@@ -165,15 +165,9 @@ def load_model(args: argparse.Namespace) -> tuple[TSCIRModel, TSCIRProcessor]:
         processor.prompt_template = processor.checked_template(args.prompt_template)
     if args.preprocessing != "model":
         processor.padded_aspect_ratio = PADDING[args.preprocessing]
-    return for_queries(model.to(args.device).eval()), processor
-
-
-def for_queries(model: TSCIRModel) -> TSCIRModel:
-    """The model itself, its active adapter, if it has one, merged into a copy of the text tower: evaluation asks many
-    queries, which then cost what plain texts do."""
-    if model.active_adapter is not None:
-        model.merge_adapter()
-    return model
+    model = model.to(args.device).eval()
+    model.merge_adapter()
+    return model, processor
 
 
 def picture_key(model: TSCIRModel, processor: TSCIRProcessor, split: Split) -> str:

@@ -26,7 +26,6 @@ from harness import (  # noqa: E402
     compose,
     counts,
     embed_pictures,
-    for_queries,
     parse_arguments,
     rank,
 )
@@ -92,9 +91,11 @@ def compare(output: Path, world: Path, short: bool, clip_dir: Path) -> tuple[dic
     """
     clip = TSCIRModel.from_clip_pretrained(clip_dir), TSCIRProcessor.from_clip_pretrained(clip_dir)
     models = {
-        name: (for_queries(TSCIRModel.from_pretrained(output / name)), TSCIRProcessor.from_pretrained(output / name))
+        name: (TSCIRModel.from_pretrained(output / name), TSCIRProcessor.from_pretrained(output / name))
         for name in {folder for folder, _ in TRAINED.values()}
     }
+    for model, _ in models.values():
+        model.merge_adapter()
     results: dict[str, dict] = {method: {} for method in METHODS}
     per_query: dict[str, dict] = {}
     drawn = ()

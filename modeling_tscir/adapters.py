@@ -176,9 +176,12 @@ class AdapterMixin:
     def merge_adapter(self, adapter_name: str | None = None) -> None:
         """For serving: keep a copy of the text tower with this adapter (the active one unless told) merged into its
         weights, and compose with that. Queries then cost what plain texts do, and threads need not wait for one
-        another. The frozen tower, the adapters and what is saved stay as they are.
+        another. The frozen tower, the adapters and what is saved stay as they are; where no adapter acts and none is
+        told, nothing is done.
         """
-        name = self.known_adapter(adapter_name or self.active_adapter or ADAPTER_NAME)
+        if adapter_name is None and self.active_adapter is None:
+            return
+        name = self.known_adapter(adapter_name or self.active_adapter)
         with _SWITCH:
             tower = copy.deepcopy(self.clip.text_model)
         for path, layer in [(n, m) for n, m in tower.named_modules() if isinstance(m, LoraLayer)]:

@@ -305,8 +305,7 @@ def run_serve(args: argparse.Namespace) -> int:
     if len(gallery) == 0:
         raise ValueError(f"{args.gallery} holds no pictures; index some: tscir index PHOTOS --output {args.gallery}")
     cir = load_pipeline(model_of(gallery, args.model)).index(gallery)
-    if cir.model.active_adapter is not None:
-        cir.model.merge_adapter()
+    cir.model.merge_adapter()
     try:
         serve(make_page(cir), args.host, args.port)
     except OSError as error:

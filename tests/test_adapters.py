@@ -309,6 +309,14 @@ def test_an_adapter_is_not_written_into_a_models_folder(stage2, tmp_path):
         TSCIRModel.from_pretrained(tmp_path / "model")
 
 
+def test_where_no_adapter_acts_nothing_is_merged(stage1, query):
+    before = composed(stage1, query)
+    stage1.merge_adapter()
+    assert not stage1._merged and torch.equal(composed(stage1, query), before)
+    with pytest.raises(ValueError, match="no composing adapter 'default'"):
+        stage1.merge_adapter("default")
+
+
 def test_training_drops_merged_copies_and_names_do_not_clash_with_layers(stage2, fashion, query, processor):
     stage2.merge_adapter()
     stage2.train()
