@@ -75,7 +75,7 @@ class TSCIRConfig(PreTrainedConfig):
     mined_negative_weight: float = 0.3
     num_mined_negatives: int = 4
     mined_negative_ceiling: float = 0.99
-    gce_q: float = 0.0
+    gce_q: float = 0.7
     residual: float = 0.75
     composed_weight: float = 0.2
     training_free_weight: float = 0.5

@@ -63,7 +63,7 @@ class Stage2Arguments:
     )
     gce_q: float | None = field(
         default=None,
-        metadata={"help": "q of generalized cross-entropy: 0 is InfoNCE, the default; 0.7 bears many wrong targets."},
+        metadata={"help": "q of generalized cross-entropy, 0.7 unless told, which bears many wrong targets; 0 is InfoNCE."},
     )
     residual: float | None = field(
         default=None, metadata={"help": "How much of v(x) - q(x) the trained model's queries have."}
@@ -159,7 +159,7 @@ def first_of_each(names: list) -> list[int]:
 
 
 class Stage2Objective(Objective):
-    """InfoNCE of composed queries against targets, with reference and mined negatives, over all processes' batch."""
+    """Composed queries against targets, reference and mined negatives, over all processes' batch."""
 
     target, reference = "target_embeds", "reference_embeds"
 
