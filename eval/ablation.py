@@ -35,8 +35,8 @@ METHODS = {
     "slerp": {"weight"},
     "combiner": {"epochs", "learning_rate", "triplets"},
 }
-# How a trained model's queries are made, where it is not as its configuration says.
-QUERIES = ("residual", "weight")
+# How a trained model's queries are made, where it is not as its configuration says, and in which precision.
+QUERIES = ("residual", "weight", "dtype")
 
 
 @dataclass
@@ -44,8 +44,8 @@ class Grid:
     """What a YAML file says: seeds, forms of stage I, runs, and claims about pairs of runs.
 
     Forms and runs are arguments of train/stage1.py and stage2.py; a form may name another `script`, and a run may be
-    evaluated with a `residual` and a `weight` of its queries. What all runs have unless they say otherwise is given
-    once: `stage2`, arguments, and `queries`, of these two. A claim names two runs, the better one first, and may add
+    evaluated with a `residual` and a `weight` of its queries, in a `dtype`. What all runs have unless they say
+    otherwise is given once: `stage2`, arguments, and `queries`, of these three. A claim names two runs, the better one first, and may add
     one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or one of the measure's metrics, of which it
     is then alone. `measure`, one of MEASURES, is what runs are compared by.
     """
@@ -79,7 +79,7 @@ class Grid:
             elif set(run) - {"stage1", "stage2", "triplets", *QUERIES} or run.get("stage1") not in grid.stage1:
                 raise ValueError(
                     f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2, triplets, "
-                    + " and ".join(QUERIES)
+                    + ", ".join(QUERIES)
                 )
             else:
                 check_queries(f"{path}, run {name!r}", {k: run[k] for k in QUERIES if k in run}, grid.measure)
@@ -114,11 +114,13 @@ class Grid:
 def check_queries(where: str, told: dict, measure: str) -> None:
     """Raise `ValueError` for what cannot be told of a run's queries."""
     if set(told) - set(QUERIES):
-        raise ValueError(f"{where}: known are {' and '.join(QUERIES)}, not {', '.join(set(told) - set(QUERIES))}")
+        raise ValueError(f"{where}: known are {', '.join(QUERIES)}, not {', '.join(set(told) - set(QUERIES))}")
     for name, value in told.items():
         if measure != "retrieval":
             raise ValueError(f"{where}: {name} is for measure retrieval, not {measure}")
-        if not isinstance(value, (int, float)):
+        if name == "dtype" and value not in ("float32", "bfloat16"):
+            raise ValueError(f"{where}: dtype is float32 or bfloat16, not {value!r}")
+        if name != "dtype" and not isinstance(value, (int, float)):
             raise ValueError(f"{where}: {name} is a number, not {value!r}")
 
 

@@ -98,15 +98,16 @@ def reference_patches(output: Path, clip: tuple[TSCIRModel, TSCIRProcessor], par
 @torch.no_grad()
 def pseudo_words(model: TSCIRModel, embeds: torch.Tensor, patches: Callable[[], torch.Tensor]) -> torch.Tensor:
     """Pseudo-words [n, M, d_t] of pictures' v(x) [n, D] and, if the mapper reads them, P(x) [n, N, d_v]."""
+    embeds = embeds.to(model.dtype)
     if not model.mapper.needs_patches:
         return model.get_pseudo_words(embeds)
     parts = zip(embeds.split(256), patches().split(256), strict=True)
-    return torch.cat([model.get_pseudo_words(v, p.float()) for v, p in parts])
+    return torch.cat([model.get_pseudo_words(v, p.to(v.dtype)) for v, p in parts])
 
 
-def load_trained(folder: str) -> tuple[TSCIRModel, TSCIRProcessor]:
+def load_trained(folder: str, dtype: str = "float32") -> tuple[TSCIRModel, TSCIRProcessor]:
     """A trained folder, ready for many queries."""
-    model = TSCIRModel.from_pretrained(folder)
+    model = TSCIRModel.from_pretrained(folder, dtype=getattr(torch, dtype))
     model.merge_adapter()
     return model, TSCIRProcessor.from_pretrained(folder)
 
@@ -116,7 +117,7 @@ def composer(
 ) -> Callable[[Split, torch.Tensor], torch.Tensor]:
     """Queries [Q, D] of a split, given its pictures' embeddings: by a trained model, or by a method on plain CLIP."""
     if "model" in run:
-        trained = load_trained(run["model"])
+        trained = load_trained(run["model"], run.get("dtype", "float32"))
 
         def composed(part: Split, pictures: torch.Tensor) -> torch.Tensor:
             embeds = pictures[torch.tensor(sorted(set(part.references)))]

@@ -33,6 +33,7 @@ from modeling_tscir.embedding import embed_images
     "name",
     [
         "components",
+        "paper",
         "queries",
         "alternatives",
         "number",
@@ -88,8 +89,9 @@ def test_mixtures_are_of_the_number_and_quality_asked_for(tmp_path):
         ({"claims": {"c": ["a", "a", "b"]}}, r"claim 'c': 'b' is none of"),
         ({"measure": "tasks", "runs": {"a": {"stage1": "full", "residual": 1}}}, "residual is for measure retrieval"),
         ({"measure": "tasks", "queries": {"weight": 0.2}}, "queries: weight is for measure retrieval"),
-        ({"queries": {"weights": 0.2}}, "known are residual and weight, not weights"),
+        ({"queries": {"weights": 0.2}}, "known are residual, weight, dtype, not weights"),
         ({"runs": {"a": {"stage1": "full", "weight": "a"}}}, "run 'a': weight is a number"),
+        ({"queries": {"dtype": "float16"}}, "queries: dtype is float32 or bfloat16, not 'float16'"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, change, message):
