@@ -45,9 +45,9 @@ class Grid:
 
     Forms and runs are arguments of train/stage1.py and stage2.py; a form may name another `script`, and a run may be
     evaluated with a `residual` and a `weight` of its queries, in a `dtype`. What all runs have unless they say
-    otherwise is given once: `stage2`, arguments, and `queries`, of these three. A claim names two runs, the better one first, and may add
-    one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or one of the measure's metrics, of which it
-    is then alone. `measure`, one of MEASURES, is what runs are compared by.
+    otherwise is given once: `stage2`, arguments, and `queries`, of these three. A claim names two runs, the better one
+    first, and may add one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or one of the measure's
+    metrics, of which it is then alone. `measure`, one of MEASURES, is what runs are compared by.
     """
 
     seeds: list[int]

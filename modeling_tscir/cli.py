@@ -255,7 +255,7 @@ def run_search(args: argparse.Namespace) -> int:
 
 
 def print_table(results: list[dict]) -> None:
-    from .indexing import printable
+    from .files import printable
 
     width = max((len(printable(r["id"])) for r in results), default=2)
     print(f"{'score':>6}  {'id':{width}}  more")
@@ -268,7 +268,7 @@ def print_table(results: list[dict]) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    from .indexing import printable
+    from .files import printable
     from .milvus_gallery import open_gallery
 
     gallery = open_gallery(args.gallery)

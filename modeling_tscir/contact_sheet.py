@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .files import printable
 from .gallery import Gallery
 from .images import thumbnail
-from .indexing import printable
 
 
 CELL = 224

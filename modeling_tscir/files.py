@@ -239,3 +239,8 @@ def read_file(path: bytes) -> tuple[bytes, os.stat_result]:
 def content_digest(content: bytes) -> str:
     """Thirty-two hexadecimal digits; equal for files of equal bytes."""
     return hashlib.sha256(content).hexdigest()[:32]
+
+
+def printable(name: str) -> str:
+    """A name on one line of a terminal, whatever characters it is made of."""
+    return name if name.isprintable() else name.encode("unicode_escape").decode()

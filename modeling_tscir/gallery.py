@@ -197,7 +197,7 @@ class Gallery(IndexMixin):
         """Embed new and changed pictures, forget those that are gone; see [`indexing.add_images`] for the options.
 
         Returns:
-            An [`indexing.Report`] of what was done and what could not be used.
+            An [`indexing_plan.Report`] of what was done and what could not be used.
         """
         from .indexing import add_images
 

@@ -14,8 +14,8 @@ from PIL import Image
 from starlette.middleware import Middleware
 from transformers.utils import logging
 
+from .files import printable
 from .images import load_image, thumbnail
-from .indexing import printable
 from .pipeline_tscir import ComposedImageRetrievalPipeline
 
 

@@ -63,7 +63,7 @@ class Stage2Arguments:
     )
     gce_q: float | None = field(
         default=None,
-        metadata={"help": "q of generalized cross-entropy, 0.7 unless told, which bears many wrong targets; 0 is InfoNCE."},
+        metadata={"help": "q of generalized cross-entropy, 0.7 unless told: bears wrong targets. 0 is InfoNCE."},
     )
     residual: float | None = field(
         default=None, metadata={"help": "How much of v(x) - q(x) the trained model's queries have."}

@@ -1,0 +1,197 @@
+"""What an indexing is to do, found out before the first picture is read, and the report of what it did."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from .files import FileList, below_of, find_files, gone_from, printable, same_file
+from .gallery import Gallery, GalleryError
+from .images import EXTENSIONS
+from .metadata import own_file, read_metadata, tidy
+
+
+@dataclass
+class Report:
+    """What an indexing did.
+
+    Args:
+        added, changed, unchanged, removed: numbers of pictures.
+        moved: pictures found unchanged at another path.
+        unreadable: {"id", "reason"} of every file or folder that could not be used.
+        linked: folders that links lead to again; their pictures are in once.
+        other_files: files that are no pictures by their names, by extension.
+        metadata_rows: rows of metadata that were read.
+        metadata_without_picture: ids of metadata rows whose picture is not in the gallery.
+    """
+
+    added: int = 0
+    changed: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    moved: int = 0
+    unreadable: list[dict[str, str]] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
+    other_files: dict[str, int] = field(default_factory=dict)
+    metadata_rows: int | None = None
+    metadata_without_picture: list[str] = field(default_factory=list)
+
+    def sentences(self) -> list[str]:
+        """The report for people, a line each."""
+        lines = [
+            f"{self.added} pictures added, {self.changed} changed, {self.unchanged} as they were, {self.removed} gone."
+        ]
+        if self.moved:
+            lines.append(f"{self.moved} of them lie elsewhere now.")
+        if self.linked:
+            lines.append(
+                f"Links lead to {len(self.linked)} folders again: {', '.join(map(printable, self.linked[:5]))}."
+            )
+        if self.metadata_rows is not None:
+            lines.append(f"{self.metadata_rows} rows of metadata.")
+        if self.other_files:
+            kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in self.other_files.items())
+            lines.append(f"{sum(self.other_files.values())} other files were not looked at: {kinds}.")
+        if self.unreadable:
+            lines.append(f"{len(self.unreadable)} could not be used:")
+            lines += [f"  {printable(bad['id'])}: {bad['reason']}" for bad in self.unreadable]
+        if self.metadata_without_picture:
+            names = ", ".join(map(printable, self.metadata_without_picture[:5]))
+            more = ", ..." if len(self.metadata_without_picture) > 5 else ""
+            lines.append(f"{len(self.metadata_without_picture)} rows of metadata have no picture here: {names}{more}")
+        return lines
+
+
+class DatasetRows(Sequence):
+    """(id, {"bytes", "path"}) of a dataset's rows, fetched when asked for."""
+
+    def __init__(self, rows, image_column: str, ids: list[str]):
+        self.rows, self.image_column, self.names = rows, image_column, ids
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, chosen: slice) -> list[tuple]:
+        return list(zip(self.names[chosen], self.rows[chosen][self.image_column], strict=True))
+
+
+@dataclass
+class Plan:
+    """What an indexing is to do.
+
+    Args:
+        todo: files, or rows of a dataset, to read and, unless they are there, to embed.
+        replacing: how many of them have an id that is there already.
+        gone: ids whose files are no longer there.
+        moved: ids whose files are unchanged at another path.
+        metadata: by id, or None; it replaces that of `described`.
+        unchanged: how many files are as they were.
+        unreadable, linked, other_files: as in `Report`, of what was met in the folder.
+    """
+
+    todo: FileList | DatasetRows
+    replacing: int = 0
+    gone: set[str] = field(default_factory=set)
+    moved: dict[str, bytes] = field(default_factory=dict)
+    metadata: pd.DataFrame | None = None
+    described: set[str] = field(default_factory=set)
+    unchanged: int = 0
+    unreadable: list[dict[str, str]] = field(default_factory=list)
+    linked: list[str] = field(default_factory=list)
+    other_files: dict[str, int] = field(default_factory=dict)
+
+    def report(self, gallery: Gallery, same: list[str], unreadable: list[dict[str, str]]) -> Report:
+        """`gallery` as it was before; `same` and `unreadable` as they were met while reading."""
+        lost = sum(bad["id"] in gallery for bad in unreadable)
+        changed = self.replacing - len(same) - lost
+        return Report(
+            added=len(self.todo) - len(same) - len(unreadable) - changed,
+            changed=changed,
+            unchanged=self.unchanged + len(same),
+            removed=len(self.gone) + lost,
+            moved=len(self.moved),
+            unreadable=sorted(self.unreadable + unreadable, key=lambda bad: bad["id"]),
+            linked=self.linked,
+            other_files=self.other_files,
+            metadata_rows=None if self.metadata is None else len(self.metadata),
+        )
+
+
+def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata: str | os.PathLike | None) -> Plan:
+    """What a folder's pictures ask for.
+
+    Raises:
+        GalleryError: if the folder cannot be read, holds no picture, or has an id that another file has.
+        MetadataError: if its metadata cannot be used.
+    """
+    try:
+        prefix.encode()
+    except UnicodeEncodeError as error:
+        raise GalleryError(f"prefix {prefix!r} is no text: {error}") from error
+    frame = read_metadata(root, metadata, prefix)
+    found = find_files(root, prefix)
+    if not found.files and not found.unreadable:
+        raise GalleryError(f"{root} holds no picture ({', '.join(sorted(EXTENSIONS))})")
+    own = own_file(root)
+    if metadata is None and own is not None:
+        found.other[own.suffix] -= 1
+        if not found.other[own.suffix]:
+            del found.other[own.suffix]
+    found.files.compare(gallery.files())
+    moved, before = {}, {}
+    for file, path, same in found.files.elsewhere():
+        if path is None or not same_file(path, file.path):
+            if path is None or os.path.lexists(path):
+                other = "a dataset" if path is None else os.fsdecode(path)
+                raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
+            if same:
+                moved[file.id], before[file.id] = file.path, path
+    # Where the folder lay before, told by files that are unchanged: what is gone from it was gone from there. A name
+    # alone tells nothing, as that folder may be on a disk that is not there just now.
+    ends = {os.sep.encode() + name.removeprefix(prefix).encode(): path for name, path in before.items()}
+    left = {path[: -len(end)] for end, path in ends.items() if path.endswith(end) and len(path) > len(end)}
+    todo, replacing = found.files.new_or_changed()
+    described = set()
+    if frame is not None:
+        below = below_of(root)
+        described = found.files.ids() | {name for name, path in found.files.before() if below(path)}
+    return Plan(
+        todo,
+        replacing,
+        gone_from([root, *left], found),
+        moved,
+        frame,
+        described,
+        unchanged=len(found.files) - len(todo),
+        unreadable=found.unreadable,
+        linked=found.linked,
+        other_files=dict(found.other.most_common()),
+    )
+
+
+def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_column: str) -> Plan:
+    """What a dataset's rows ask for.
+
+    Raises:
+        GalleryError: for a missing column, or ids that are not unique or that a file has.
+        MetadataError: for columns that cannot be metadata.
+    """
+    from datasets import Image as ImageFeature
+
+    if image_column not in rows.column_names:
+        raise GalleryError(f"the dataset has no column {image_column!r}; its columns are {rows.column_names}")
+    named = id_column in rows.column_names
+    ids = [f"{prefix}{name}" for name in (rows[id_column] if named else range(len(rows)))]
+    if len(set(ids)) != len(ids):
+        twice = next(name for name, count in Counter(ids).items() if count > 1)
+        raise GalleryError(f"column {id_column!r} holds {twice!r} more than once; ids must differ")
+    there = [(name, row) for name, row in zip(ids, gallery.rows.of(ids).tolist(), strict=True) if row >= 0]
+    files = [name for name, row in there if gallery.path(row) is not None]
+    if files:
+        raise GalleryError(f"{gallery} holds {files[0]!r} already ({len(files)} ids of files); use another prefix")
+    others = [c for c in rows.column_names if c not in (image_column, id_column)]
+    frame = tidy(rows.select_columns(others).to_pandas().set_axis(ids), "the dataset") if others else None
+    pictures = rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+    return Plan(DatasetRows(pictures, image_column, ids), len(there), metadata=frame)
