@@ -172,7 +172,7 @@ def test_a_path_that_is_read_as_a_text_is_told(cir, pictures, tmp_path, monkeypa
     cir.index(pictures)
     pictures[0].save(tmp_path / "a.png")
     told = []
-    monkeypatch.setattr("modeling_tscir.pipeline_tscir.logger.warning", told.append)
+    monkeypatch.setattr("modeling_tscir.pipeline_inputs.logger.warning", told.append)
     for path in (str(tmp_path / "a.png"), "https://example.org/a.png"):
         cir(content=[path, "in the colour of", pictures[1]])
         assert f'{path!r} is read as a text; a picture is {{"image": {path!r}}}' in told.pop()
