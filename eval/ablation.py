@@ -26,8 +26,11 @@ from ablation_measures import FORGETTING, READOUT, RETRIEVAL
 from ablation_report import collect, report, summarise
 from ablation_tasks import TASKS
 
+from modeling_tscir import TSCIRConfig
+
 
 MEASURES = {"retrieval": RETRIEVAL, "readout": READOUT, "forgetting": FORGETTING, "tasks": TASKS}
+DEFAULTS = TSCIRConfig().to_dict()
 # On the plain CLIP, instead of the two stages, and what each may be given.
 METHODS = {
     "image": set(),
@@ -158,11 +161,16 @@ class Runner:
             self.stages[folder] = self.pool.submit(work)
         return self.stages[folder]
 
-    def train(self, stage: int, start: Path, data: Path, folder: Path, seed: int, choices: dict) -> None:
+    def train(
+        self, stage: int, start: Path, data: Path, folder: Path, seed: int, choices: dict, inherited: dict
+    ) -> None:
+        """Unless the folder is there, of the same choices; `inherited` are those of the stage before."""
         choices, record = dict(choices), folder / "training_arguments.json"
         if record.is_file():  # written last
             held = json.loads(record.read_text(encoding="utf-8"))
-            other = {k: held.get(k) for k, v in choices.items() if k != "script" and held.get(k) != v}
+            untold = {k: v for k, v in (DEFAULTS | inherited).items() if k in DEFAULTS and held.get(k) is not None}
+            asked = untold | choices
+            other = {k: held.get(k) for k, v in asked.items() if k != "script" and held.get(k) != v}
             if other:
                 raise ValueError(f"{folder} was trained with {other}, not {choices}; remove it, or rename the run")
             return
@@ -204,7 +212,7 @@ class Runner:
         form = run["stage1"]
         first = self.trained / "stage1" / f"{slug(form)}-{seed}"
         captions, clip = of_seed(self.output, seed) / "captions", clip_folder(self.output)
-        trained = self.once(first, lambda: self.train(1, clip, captions, first, seed, grid.stage1[form]))
+        trained = self.once(first, lambda: self.train(1, clip, captions, first, seed, grid.stage1[form], {}))
         owner = grid.trained_as(run)
         second = self.trained / "stage2" / f"{slug(owner)}-{seed}"
         # A run that shares another's training waits until that one is done.
@@ -213,7 +221,8 @@ class Runner:
         def work() -> None:
             trained.result(), before.result()
             if "stage2" in run:
-                self.train(2, first, triplets, second, seed, grid.stage2 | (run["stage2"] or {}))
+                choices = grid.stage2 | (run["stage2"] or {})
+                self.train(2, first, triplets, second, seed, choices, grid.stage1[form])
             told = grid.queries | {k: run[k] for k in QUERIES if k in run}
             self.evaluate(told | {"model": str(second if "stage2" in run else first)}, result, grid.measure)
 

@@ -167,15 +167,17 @@ def test_a_folder_of_another_training_is_not_taken_for_this_one(tmp_path):
     (tmp_path / "stage2").mkdir()
     (tmp_path / "stage2/training_arguments.json").write_text('{"lora_rank": 4, "seed": 0}', "utf-8")
     runner = Runner(tmp_path, tmp_path / "results", 1, [])
-    runner.train(2, tmp_path, tmp_path, tmp_path / "stage2", 0, {"lora_rank": 4})
-    with pytest.raises(ValueError, match=r"was trained with \{'lora_rank': 4\}, not"):
-        runner.train(2, tmp_path, tmp_path, tmp_path / "stage2", 0, {"lora_rank": 2})
+    runner.train(2, tmp_path, tmp_path, tmp_path / "stage2", 0, {"lora_rank": 4}, {})
+    runner.train(2, tmp_path, tmp_path, tmp_path / "stage2", 0, {}, {"lora_rank": 4, "max_steps": 1})
+    for other in ({"lora_rank": 2}, {}):  # neither for one with other defaults
+        with pytest.raises(ValueError, match=r"was trained with \{'lora_rank': 4\}, not"):
+            runner.train(2, tmp_path, tmp_path, tmp_path / "stage2", 0, other, {})
 
 
 def test_runs_that_are_evaluated_otherwise_share_a_training(tmp_path, monkeypatch):
     trained, choices, evaluated = [], [], []
 
-    def train(self, stage, start, data, folder, seed, given):
+    def train(self, stage, start, data, folder, seed, given, inherited):
         trained.append(folder)
         choices.append(given)
 

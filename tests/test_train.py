@@ -351,6 +351,7 @@ def test_bad_pictures_stop_a_run_before_it_starts_or_are_skipped(launch, clip_di
     launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--on_bad_image", "skip")
     report = json.loads((tmp_path / "out" / "training_arguments.json").read_text("utf-8"))
     assert [name for name, _ in report["skipped_images"]] == ["row 5, column image, 5.jpg", "row 9, column image"]
+    assert report["soft_alignment_weight"] == TSCIRConfig().soft_alignment_weight  # what was not told, too
 
 
 def test_wrong_starts_say_which_command_is_missing(launch, clip_dir, stage1_folder, stage2, processor, tmp_path):

@@ -140,6 +140,9 @@ def train(
     warmup = int(args.warmup_steps * total) if args.warmup_steps < 1 else int(args.warmup_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total)
     settings = record | vars(args)
+    for name in [name for name, value in settings.items() if value is None]:
+        for holder in (model.config, processor):  # defaults may change: what was not told is kept as what it was
+            settings[name] = getattr(holder, name, settings[name])
     for name in ("model_name_or_path", "dataset_name"):
         if any(glob.iglob(settings[name])):  # of this machine, not a name on the Hub
             settings[name] = os.path.abspath(settings[name])
