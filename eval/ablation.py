@@ -172,7 +172,8 @@ class Runner:
             asked = untold | choices
             other = {k: held.get(k) for k, v in asked.items() if k != "script" and held.get(k) != v}
             if other:
-                raise ValueError(f"{folder} was trained with {other}, not {choices}; remove it, or rename the run")
+                right = {k: asked[k] for k in other}
+                raise ValueError(f"{folder} was trained with {other}, not {right}; remove it, or rename the run")
             return
         command = [sys.executable, choices.pop("script", f"train/stage{stage}.py")]
         command += ["--config", f"train/recipes/miniature_stage{stage}.yaml", "--seed", seed]
