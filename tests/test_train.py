@@ -46,17 +46,29 @@ def test_frozen_features_are_shared_between_runs(launch, clip_dir, tmp_path, mon
     assert all(torch.equal(alone[key], shared[key]) for key in alone)
 
 
-def test_targets_are_embedded_once_for_several_runs(launch, stage1_folder, tmp_path, monkeypatch):
+def test_triplets_are_embedded_once_for_several_runs(launch, stage1_folder, tmp_path, monkeypatch):
     embedded = []
-    embed = stage2_script.embed_images
-    monkeypatch.setattr(stage2_script, "embed_images", lambda *args, **kw: embedded.append(1) or embed(*args, **kw))
+    for name in ("embed_images", "embed_references"):
+        function = getattr(stage2_script, name)
+        monkeypatch.setattr(
+            stage2_script,
+            name,
+            lambda *args, function=function, name=name, **kwargs: embedded.append(name) or function(*args, **kwargs),
+        )
     flags = ["--max_steps", 2, "--feature_cache_dir", tmp_path / "cache", "--residual", 0, "--composed_weight", 0.1]
     tensors = [launch(stage2_script, stage1_folder, tmp_path / name, *flags) for name in ("a", "b")]
-    assert len(embedded) == 1 and same(*tensors)
+    assert embedded == ["embed_references", "embed_images"] and same(*tensors)
     config = TSCIRConfig.from_pretrained(tmp_path / "a")
     assert (config.residual, config.composed_weight) == (0, 0.1)  # what its queries are to be made of
     launch(stage2_script, stage1_folder, tmp_path / "c", "--max_steps", 1)
-    assert len(embedded) == 2
+    assert len(embedded) == 4
+    # Another mapper on the same backbone has the same targets and pseudo-words of its own.
+    other = TSCIRModel.from_pretrained(stage1_folder)
+    torch.nn.init.normal_(next(other.mapper.parameters()))
+    other.save_pretrained(tmp_path / "other", backbone="reference")
+    TSCIRProcessor.from_pretrained(stage1_folder).save_pretrained(tmp_path / "other")
+    of_other = launch(stage2_script, tmp_path / "other", tmp_path / "d", *flags)
+    assert embedded[4:] == ["embed_references"] and not same(of_other, tensors[0])
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ stands in the prompt where its pseudo-words would, and the target is its caption
 II, training goes on with its adapters: first on many texts, say, then on few pictures.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +23,7 @@ from rows import RowBatches, hold_out, in_batches, load_rows, load_source
 from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir.backbone import fingerprint_of_tensors
 from modeling_tscir.embedding import embed_images, embed_references, embed_texts
 from modeling_tscir.feature_cache import cached, feature_key
 from modeling_tscir.losses import composing_loss
@@ -105,13 +107,16 @@ class Stage2Data(torch.utils.data.Dataset):
         references, targets = rows[args.reference_column], rows[args.target_column]
         firsts = first_of_each(self.groups or [r["bytes"] or r["path"] for r in references])
         unique = sorted(set(firsts))
-        embeds, words = embed_references(
-            model, self.processor, [references[i] for i in unique], size, progress="references"
-        )
         position = {row: i for i, row in enumerate(unique)}
         self.references = torch.tensor([position[first] for first in firsts])  # [rows], each row's among them
-        self.reference_embeds, self.pseudo_words = embeds, words
+        pictures = [references[i] for i in unique]
+        both = functools.cache(lambda: embed_references(model, self.processor, pictures, size, progress="references"))
         # The fingerprint of datasets changes with the files and with everything done to the rows.
+        columns = [args.reference_column, args.reference_id_column]
+        content = [rows._fingerprint, len(rows), *columns, precision(model), mapper_key(model)]
+        key = feature_key(model, self.processor, content)
+        self.reference_embeds = cached(folder, key, lambda: both()[0])
+        self.pseudo_words = cached(folder, f"{key}-pseudo-words", lambda: both()[1])
         key = feature_key(model, self.processor, [rows._fingerprint, len(rows), args.target_column, precision(model)])
         self.target_embeds = cached(
             folder, key, lambda: embed_images(model, self.processor, targets, size, progress="targets")
@@ -145,6 +150,13 @@ class Stage2Data(torch.utils.data.Dataset):
             "input_ids": prompt["input_ids"],
             "pseudo_mask": prompt["pseudo_mask"],
         }
+
+
+def mapper_key(model: TSCIRModel) -> list:
+    """What decides pseudo-words, beside frozen features."""
+    config = model.config
+    choices = [config.num_injection_heads, config.mapper_activation, config.mapper_input]
+    return [fingerprint_of_tensors(model.mapper.state_dict()), *choices]
 
 
 def group_names(rows: Dataset, args: Stage2Arguments) -> list | None:
