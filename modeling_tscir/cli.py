@@ -160,7 +160,8 @@ def run_index(args: argparse.Namespace) -> int:
     from .gallery import Gallery
     from .gallery_index import empty
     from .indexing import Processes
-    from .milvus_gallery import MilvusGallery, is_milvus, open_gallery
+    from .milvus import is_milvus
+    from .milvus_gallery import MilvusGallery, open_gallery
 
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder} is not a folder")

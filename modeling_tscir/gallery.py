@@ -11,11 +11,10 @@ A shard is written aside and moved into place whole, and rewritten under a new n
 so that a gallery is valid after any interruption. Where two rows have one id the later one holds.
 """
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,25 +24,21 @@ import torch
 from transformers.utils import logging
 
 from .backbone import backbone_fingerprint
-from .exact_search import search_exactly
 from .feature_cache import MADE_BY, digest, preprocessing_of
 from .files import File
 from .gallery_index import IndexMixin
 from .gallery_rows import Rows
+from .gallery_search import SearchMixin
+from .gallery_writing import WritingMixin
 from .images import load_image
-from .metadata import Where, conditions_of, kinds_of, matching, merged, tidy, to_arrow, values_of
+from .metadata import tidy
 from .shards import (
     SCHEMA,
     GalleryError,
-    clear_leavings,
     newest_shards,
-    place_of,
     read_shard,
     read_stream,
-    rewrite_shard,
     write_json,
-    write_shard,
-    write_stream,
 )
 
 
@@ -62,7 +57,7 @@ def fingerprint_of(model, processor) -> dict[str, str]:
     }
 
 
-class Gallery(IndexMixin):
+class Gallery(SearchMixin, WritingMixin, IndexMixin):
     """Embeddings of pictures, with what tells them apart, in a folder.
 
     ```python
@@ -289,15 +284,6 @@ class Gallery(IndexMixin):
                 raise GalleryError(f"{path} cannot be read ({error}); remove it and index again") from error
         return self._metadata
 
-    def set_metadata(self, frame: pd.DataFrame | None = None, replaced: set[str] = frozenset()) -> None:
-        """Put `frame`'s rows, by id, in place of those of its ids and of `replaced`; keep that of other pictures."""
-        new = self.metadata if frame is None else merged(self.metadata, frame, replaced)
-        new = new[self.rows.of(new.index) >= 0]
-        if len(new.columns):
-            table = to_arrow(new).add_column(0, "id", pa.array(new.index, pa.string()))
-            write_stream(table, self.folder / "metadata.arrow")
-        self._metadata = None
-
     def dataset(self):
         """The gallery as a `datasets.Dataset`: id, path, content, the metadata, and "embedding"."""
         from .gallery_export import to_dataset
@@ -353,10 +339,6 @@ class Gallery(IndexMixin):
         path = self.path(row)
         return self.table["picture"][row].as_py() if path is None else path
 
-    def set_unreadable(self, unreadable: list[dict[str, str]]) -> None:
-        """Keep what the last indexing could not use."""
-        write_json(self.folder / "unreadable.json", unreadable)
-
     @property
     def unreadable(self) -> list[dict[str, str]]:
         """{"id", "reason"} of what the last indexing could not use."""
@@ -372,164 +354,3 @@ class Gallery(IndexMixin):
         order = rows[np.argsort(self.rows.content[rows], kind="stable")]
         groups = np.split(order, np.flatnonzero(np.diff(self.rows.content[order])) + 1) if len(order) else []
         return [self.table["id"].take(group).to_pylist() for group in groups if len(group) > 1]
-
-    # ----- search
-
-    def search(
-        self,
-        queries: torch.Tensor,
-        top_k: int = 10,
-        where: Where | None = None,
-        exclude: Sequence[str] = (),
-        exact: bool = False,
-    ) -> list[list[dict]]:
-        """The most similar pictures for each query, best first.
-
-        Args:
-            queries (`torch.Tensor` [Q, D]): L2-normalised embeddings, as `TSCIRModel.get_composed_features` gives.
-            top_k (`int`): how many.
-            where: conditions on metadata columns, all of which must hold: {column: value}, {column: [value, ...]},
-                {column: (operator, value)} or [(column, operator, value), ...] with =, !=, <, <=, >, >=, "in" and
-                "not in". A picture without a value meets none.
-            exclude: ids that are not wanted, such as the reference's own; pictures of the same bytes go with them.
-            exact (`bool`): leave a FAISS index aside.
-
-        Returns:
-            For each query a list of {"score", "id", "path", "duplicates", "metadata"}. Of pictures with the same bytes
-            the first is given and the others are named in its "duplicates". Scores are cosine similarities.
-
-        Raises:
-            ValueError: for queries of another size or that are not finite, and for unknown columns and operators.
-        """
-        check_search(queries, top_k, exclude, self.info["dimensions"])
-        first, others = self._wanted(where)
-        excluded = self.rows.of(list(exclude))
-        if (excluded >= 0).any():
-            first = first & ~np.isin(self.rows.content, self.rows.content[excluded[excluded >= 0]])
-        queries = queries.float().cpu()
-        index = None if exact or where else self._faiss()
-        k = min(top_k, int(first.sum()))
-        if index is None:
-            scores, rows = search_exactly(self.embeds, queries, k, first)
-        else:
-            scores, rows = self._search_index(index, queries, k, first)
-        return [
-            [self._result(score, row, others) for score, row in zip(*found, strict=True) if row >= 0]
-            for found in zip(scores.tolist(), rows.tolist(), strict=True)
-        ]
-
-    def _result(self, score: float, row: int, others: dict[int, list[int]]) -> dict:
-        name = self.table["id"][row].as_py()
-        same = [other for other in others.get(int(self.rows.content[row]), []) if other != row]
-        return {
-            "score": score,
-            "id": name,
-            "path": self.path(row),
-            "duplicates": self.table["id"].take(same).to_pylist() if same else [],
-            "metadata": values_of(self.metadata, name),
-        }
-
-    def _wanted(self, where: Where | None) -> tuple[np.ndarray, dict[int, list[int]]]:
-        """Which rows take part, the first of each content, and all rows of those contents that several have."""
-        if not where and self._everything is not None:
-            return self._everything
-        allowed = self.rows.live
-        if where:
-            conditions = conditions_of(where, kinds_of(self.metadata), str(self))
-            found = self.rows.of(matching(self.metadata, conditions))
-            allowed = np.zeros(len(self.rows.live), dtype=bool)
-            allowed[found[found >= 0]] = True
-        rows = np.flatnonzero(allowed)
-        _, firsts, counts = np.unique(self.rows.content[rows], return_index=True, return_counts=True)
-        first = np.zeros(len(allowed), dtype=bool)
-        first[rows[firsts]] = True
-        several = self.rows.content[rows[firsts[counts > 1]]]
-        others: dict[int, list[int]] = {}
-        for row in rows[np.isin(self.rows.content[rows], several)]:
-            others.setdefault(int(self.rows.content[row]), []).append(int(row))
-        if not where:
-            self._everything = first, others
-        return first, others
-
-    # ----- writing
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps a second writer out, and begins with what the last one left. Raises `GalleryError` if there is one."""
-        if self._locks:  # by this one already
-            yield
-            return
-        with open(self.folder / ".lock", "w", encoding="utf-8") as file:
-            with contextlib.suppress(ImportError):  # Windows has no fcntl
-                import fcntl
-
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    problem = f"{self.folder} is being written by another process; wait for it to end"
-                    raise GalleryError(problem) from error
-            clear_leavings(self.folder / "shards")
-            self.info = json.loads((self.folder / "gallery.json").read_text(encoding="utf-8"))
-            self.reload()
-            self._locks += 1
-            try:
-                yield
-            finally:
-                self._locks -= 1
-
-    def next_shard(self) -> int:
-        """A number that no shard has or had."""
-        return 1 + max([self.info.get("last_shard", -1), *(place_of(path)[0] for path in self.shards)])
-
-    def remember(self, **entries) -> None:
-        """Keep further entries in `info`."""
-        with self.locked():
-            self.info |= entries
-            write_json(self.folder / "gallery.json", self.info)
-
-    def write_rows(self, number: int, rows: list[dict], embeds: torch.Tensor) -> None:
-        """Keep a shard of rows, read back by `reload`. Raises `GalleryError` if the disk does not take it."""
-        write_shard(self.folder / "shards" / f"{number:06d}", pa.Table.from_pylist(rows, SCHEMA), embeds)
-
-    def forget(self, ids: set[str]) -> None:
-        """Rewrite the shards that hold dead rows, or rows of `ids`, without them."""
-        if not ids and self.rows.live.all():
-            return
-        self.remember(last_shard=self.next_shard() - 1)
-        self.rows.live[self.rows.of(list(ids))] = False
-        start = 0
-        for path, embeds in zip(self.shards, self.embeds, strict=True):
-            live = self.rows.live[start : start + len(embeds)]
-            if not live.all():
-                rows = np.flatnonzero(live)
-                table = self.table.slice(start, len(embeds)).take(rows)
-                rewrite_shard(path, table, embeds[torch.from_numpy(rows)])
-            start += len(embeds)
-        self.reload()
-
-    def set_paths(self, paths: dict[str, bytes]) -> None:
-        """Where pictures, by their ids, lie now."""
-        rows = dict(zip(self.rows.of(list(paths)).tolist(), paths.values(), strict=True))
-        start = 0
-        for shard, embeds in zip(self.shards, self.embeds, strict=True):
-            places = range(start, start + len(embeds))
-            if any(row in rows for row in places):
-                table = self.table.slice(start, len(embeds)).combine_chunks()
-                old = table["path"].to_pylist()
-                new = pa.array([rows.get(row, path) for row, path in zip(places, old, strict=True)], pa.binary())
-                place = SCHEMA.get_field_index("path")
-                rewrite_shard(shard, table.set_column(place, SCHEMA.field("path"), new), embeds)
-            start += len(embeds)
-        self.reload()
-
-
-def check_search(queries: torch.Tensor, top_k: int, exclude: Sequence[str], dimensions: int) -> None:
-    """Raise `ValueError` for arguments that cannot be searched with."""
-    if queries.ndim != 2 or queries.shape[1] != dimensions:
-        raise ValueError(f"queries are {tuple(queries.shape)}; this gallery wants [Q, {dimensions}]")
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k is a whole number of at least 1, not {top_k!r}")
-    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
-        raise ValueError(f"exclude is a list of ids, not {exclude!r}")
-    if not torch.isfinite(queries).all():
-        raise ValueError("queries hold NaN or infinite values")

@@ -13,7 +13,8 @@ from PIL import Image
 
 from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, GalleryError, TSCIRProcessor
 from modeling_tscir.metadata import Condition
-from modeling_tscir.milvus_gallery import MilvusGallery, as_filter, connect, is_milvus, open_gallery
+from modeling_tscir.milvus import as_filter, connect, is_milvus
+from modeling_tscir.milvus_gallery import MilvusGallery, open_gallery
 
 
 pytest.importorskip("pymilvus")
