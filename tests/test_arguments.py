@@ -36,6 +36,16 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(parse, tmp_path):
     ("content", "flags", "message"),
     [
         ("output_dir: a\nlerning_rate: 1\n", [], "unknown keys: lerning_rate"),
+        (
+            "output_dir: a\n",
+            ["--lerning_rate", "1"],
+            "--lerning_rate 1; did you mean --learning_rate? --help lists all",
+        ),
+        (
+            "output_dir: a\n",
+            ["--max_steps=3", "--xyz=1", "here"],
+            "unrecognized arguments: --xyz=1 here; --help lists",
+        ),
         ("learning_rate: 1\n", [], "missing: --output_dir"),
         ("output_dir: a\n", ["--max_step", "3"], "unrecognized arguments: --max_step"),
         ("output_dir: [\n", [], "recipe.yaml"),
@@ -52,7 +62,8 @@ def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
     recipe.write_text(content, "utf-8")
     with pytest.raises(SystemExit):
         parse("--config", recipe, *flags)
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told and "--mixed_precision" not in told  # nor every other argument
 
 
 @pytest.mark.parametrize(
@@ -84,3 +95,14 @@ def test_errors_for_the_user_end_a_script_without_a_traceback():
 def test_numbers_of_rows_that_cannot_be_are_refused(change):
     with pytest.raises(ValueError, match=f"--{next(iter(change))} must be at least"):
         DataArguments(**change)
+
+
+def test_help_keeps_the_description_as_it_is_written(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    command = (
+        "accelerate launch train/stage1.py --model_name_or_path openai/clip-vit-large-patch14 \\\n    --dataset_name x"
+    )
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, description=f"Stage I.\n\n    {command}", required=())
+    told = capsys.readouterr().out
+    assert command in told and "(default: 0.1)" in told

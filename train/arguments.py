@@ -1,8 +1,10 @@
 """Arguments that both stages share, from a recipe and from flags."""
 
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -99,6 +101,10 @@ def _is_list(kind: type) -> bool:
     return any(get_origin(one) is list for one in (kind, *get_args(kind)))
 
 
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Every argument's default, and the description's lines as they are."""
+
+
 def parse_arguments(*classes: type, description: str, required: tuple[str, ...] = ()) -> tuple:
     """One dataclass instance each, from `--config recipe.yaml` overridden by flags.
 
@@ -106,7 +112,10 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
         SystemExit: for unknown flags, unknown keys of the recipe (all named), missing required arguments, or values
             that cannot be.
     """
-    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    usage = "%(prog)s [--config RECIPE] [--argument VALUE ...]"
+    parser = HfArgumentParser(
+        classes, usage=usage, description=description, formatter_class=HelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config", help="YAML file of arguments; flags override it.")
     config = parser.parse_known_args()[0].config
     if config:
@@ -130,7 +139,12 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
         # As text, so that values are checked as flags are.
         numbers = {k: str(v) for k, v in recipe.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         parser.set_defaults(**recipe | numbers)
-    values = vars(parser.parse_args())
+    found, unknown = parser.parse_known_args()
+    values = vars(found)
+    if unknown:
+        near = get_close_matches(unknown[0].partition("=")[0], [f"--{name}" for name in values], 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; {hint}--help lists all")
     if missing := [name for name in required if not values[name]]:
         parser.error("missing: " + ", ".join(f"--{name}" for name in missing))
     try:
