@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,6 +52,18 @@ def file_fingerprints(files: Sequence[tuple]) -> list[list]:
         status = os.stat(path)
         found.append([os.path.abspath(path), status.st_size, status.st_mtime_ns, *rest])
     return found
+
+
+def picture_name(picture: dict) -> str:
+    """What equal pictures share, still encoded as `datasets` gives them: a digest of the bytes, or the path."""
+    content = picture["bytes"]
+    return picture["path"] if content is None else hashlib.sha256(content).hexdigest()
+
+
+def pictures_digest(pictures: Iterable[dict]) -> str:
+    """Of many such pictures; files count with their size and time of change."""
+    names = ((picture["bytes"] is None, picture_name(picture)) for picture in pictures)
+    return digest([file_fingerprints([(name,)]) if a_file else name for a_file, name in names])
 
 
 def is_cached(folder: str | os.PathLike, key: str) -> bool:

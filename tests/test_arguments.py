@@ -72,6 +72,7 @@ def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
         ({"logging_steps": 0}, "--logging_steps must be at least 1, not 0"),
         ({"eval_steps": 0}, "--eval_steps must be at least 1"),
         ({"gradient_cache_chunk": -2}, "--gradient_cache_chunk must be at least 0"),
+        ({"save_total_limit": -1}, "--save_total_limit must be at least 0, not -1"),
         ({"max_steps": 0}, "--max_steps must be at least 1, or -1 for --num_train_epochs, not 0"),
         ({"num_train_epochs": 0}, "--num_train_epochs must be at least 1, not 0"),
     ],

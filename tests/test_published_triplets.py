@@ -8,7 +8,7 @@ import pytest
 import stage2 as stage2_script
 import torch
 from arguments import DataArguments
-from datasets import load_dataset
+from datasets import Image, load_dataset
 from stage2 import Stage2Arguments, Stage2Data
 from test_stream import encoded, write_tar
 
@@ -71,14 +71,19 @@ def test_cc_coir(tmp_path, pictures):
     assert rows[0]["modification"] == "make it, red" and rows[0]["target"].size == pictures[1].size
 
 
-def test_tar_shards(tmp_path):
+def test_tar_shards(tmp_path, stage1, processor):
     text = json.dumps({"edit": "in red", "other": 1}).encode()
     samples = {str(n): {"in.png": encoded(n), "out.png": encoded(n + 9), "json": text} for n in range(5)}
     write_tar(tmp_path / "0.tar", samples)
     keys = ["--keys", "in.png", "out.png", "json.edit"]
     rows = run(tmp_path, "webdataset", tmp_path / "*.tar", *keys, "--rows_per_file", 2)
     assert rows["modification"][:] == ["in red"] * 5 and rows[0]["target"].size == (36, 36)
-    assert rows["reference_id"][3] == "3-reference"
+    # Keys may begin anew in each shard: pictures are told by their content.
+    write_tar(tmp_path / "1.tar", {str(n): samples[str(n)] | {"in.png": encoded(n + 5)} for n in range(5)})
+    rows = run(tmp_path, "webdataset", tmp_path / "*.tar", *keys)
+    rows = rows.cast_column("reference", Image(decode=False)).cast_column("target", Image(decode=False))
+    dataset = Stage2Data(rows, stage1, processor, DataArguments(), Stage2Arguments())
+    assert dataset.references.tolist() == list(range(10)) and dataset.target_ids.tolist() == [0, 1, 2, 3, 4] * 2
     with pytest.raises(SystemExit, match=r"lack json.text; they have .*in.png, json, json.edit"):
         run(tmp_path, "webdataset", tmp_path / "*.tar", "--keys", "in.png", "out.png", "json.text")
     with pytest.raises(SystemExit, match="--keys"):

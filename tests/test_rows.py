@@ -112,10 +112,16 @@ def test_a_file_that_datasets_would_read_twice_is_named(tmp_path, streaming):
     assert len(list(rows)) == 3
 
 
-def test_a_local_folder_that_changed_is_read_again(tmp_path):
-    """Where a README names configurations, datasets alone would go on with what it read before."""
-    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: c\n  data_files: c/*.parquet\n---\n", "utf-8")
-    for count in (3, 5):
-        Dataset.from_dict({"caption": ["x"] * count}).to_parquet(tmp_path / "c" / "train.parquet")
-        arguments = DataArguments(dataset_name=str(tmp_path), dataset_config="c")
-        assert len(load_rows(arguments, {"caption": "a text"}, images=[])[0]) == count
+@pytest.mark.parametrize(("configuration", "named"), [("c", "c"), ("c", None), ("default", None)])
+def test_a_local_folder_is_read_as_it_is_now(tmp_path, configuration, named):
+    """Where a README names configurations, datasets alone would go on with what it read before, or with what another
+    folder of the same name holds."""
+    for place, texts in (("a", ["x"] * 3), ("a", ["x"] * 5), ("b", ["y"] * 5)):
+        folder = tmp_path / place / f"set-{configuration}-{named}"
+        (folder / "c").mkdir(parents=True, exist_ok=True)
+        configs = f"---\nconfigs:\n- config_name: {configuration}\n  data_files: c/*.parquet\n---\n"
+        (folder / "README.md").write_text(configs, "utf-8")
+        Dataset.from_dict({"caption": texts}).to_parquet(folder / "c" / "train.parquet")
+        arguments = DataArguments(dataset_name=str(folder), dataset_config=named)
+        assert list(load_rows(arguments, {"caption": "a text"}, images=[])[0]["caption"]) == texts
+        assert [row["caption"] for row in load_source(arguments, streaming=True)] == texts

@@ -118,7 +118,7 @@ def test_what_is_missing_is_named(data, tmp_path):
         run(data, tmp_path / "out", "--id_column", "picture")
     with pytest.raises(SystemExit, match="neither pictures"):
         run(data, tmp_path / "out", "--image_column", "x")
-    with pytest.raises(SystemExit, match=r"--dataset_name .*nowhere, split train, cannot be loaded: "):
+    with pytest.raises(SystemExit, match=r"--dataset_name .*nowhere, split train, cannot be loaded, or is empty: "):
         run(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "file").write_text("", "utf-8")
     with pytest.raises(SystemExit, match="--output_dir .* cannot be used: .*file is no folder"):

@@ -15,11 +15,12 @@ import stage2 as stage2_script
 import torch
 from accelerate import Accelerator
 from arguments import DataArguments
-from conftest import ROOT, WORDS
+from conftest import ROOT, WORDS, noise
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from loop import Progress
 from mining import Miner
+from rows import hold_out
 from safetensors.torch import load_file
 
 from modeling_tscir import BadImagesError, TSCIRConfig, TSCIRModel, TSCIRProcessor
@@ -69,6 +70,49 @@ def test_triplets_are_embedded_once_for_several_runs(launch, stage1_folder, tmp_
     TSCIRProcessor.from_pretrained(stage1_folder).save_pretrained(tmp_path / "other")
     of_other = launch(stage2_script, tmp_path / "other", tmp_path / "d", *flags)
     assert embedded[4:] == ["embed_references"] and not same(of_other, tensors[0])
+
+
+def test_a_picture_that_changed_is_embedded_again(stage1, processor, tmp_path):
+    """Triplets may name their pictures by path, and then nothing of the dataset changes with them."""
+    files = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, file in enumerate(files):
+        noise(number).save(file)
+    features = Features({"reference": ImageFeature(), "modification": Value("string"), "target": ImageFeature()})
+    pairs = {
+        "reference": [str(f) for f in files[:2]],
+        "target": [str(f) for f in files[2:]],
+        "modification": ["a", "b"],
+    }
+    rows = Dataset.from_dict(pairs, features=features)
+    rows = rows.cast_column("reference", ImageFeature(decode=False)).cast_column("target", ImageFeature(decode=False))
+    cache = DataArguments(feature_cache_dir=str(tmp_path / "cache"))
+    arguments = stage2_script.Stage2Arguments()
+    before = stage2_script.Stage2Data(rows, stage1, processor, cache, arguments)
+    noise(7).save(files[0])
+    noise(8).save(files[3])
+    after = stage2_script.Stage2Data(rows, stage1, processor, cache, arguments)
+    true = stage2_script.Stage2Data(rows, stage1, processor, DataArguments(), arguments)
+    for name in ("reference_embeds", "pseudo_words", "target_embeds"):
+        assert torch.equal(getattr(after, name), getattr(true, name))
+        assert not torch.equal(getattr(after, name), getattr(before, name))
+
+
+def test_rows_without_an_id_are_told_by_their_picture(pictures):
+    def png(number: int) -> dict:
+        return {"bytes": bytes([number]) * 9, "path": f"{number}.png"}
+
+    columns = {"reference": [png(n) for n in (1, 2, 1, 3, 2, 1)], "reference_id": ["a", None, "a", None, None, None]}
+    features = Features({"reference": ImageFeature(decode=False), "reference_id": Value("string")})
+    rows = Dataset.from_dict(columns, features=features)
+    arguments = stage2_script.Stage2Arguments()
+    assert stage2_script.first_of_each(stage2_script.group_names(rows, arguments)) == [0, 1, 0, 3, 1, 5]
+    rows = rows.remove_columns("reference_id")
+    names = stage2_script.group_names(rows, arguments)
+    assert stage2_script.first_of_each(names) == [0, 1, 0, 3, 1, 0]
+    kept, held = hold_out(rows, 2, seed=0, groups=names)
+    assert not {p["path"] for p in kept["reference"]} & {p["path"] for p in held["reference"]}
+    texts = Dataset.from_dict({"reference_caption": ["x", "y", "x"]})
+    assert stage2_script.first_of_each(stage2_script.group_names(texts, arguments)) == [0, 1, 0]
 
 
 @pytest.fixture
@@ -211,6 +255,8 @@ def test_checkpoints_hold_no_frozen_tensor_and_are_limited(launch, clip_dir, tmp
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert not list(tmp_path.glob("*/model*.safetensors")) and not list(tmp_path.glob("unfinished-*"))
     assert TSCIRModel.from_pretrained(tmp_path / "checkpoint-4").config.stage == 1
+    launch(stage1_script, clip_dir, tmp_path / "all", "--max_steps", 4, "--save_steps", 1, "--save_total_limit", 0)
+    assert len(list((tmp_path / "all").glob("checkpoint-*"))) == 3
 
 
 def test_a_full_disk_stops_a_run_and_keeps_the_last_good_checkpoint(launch, clip_dir, tmp_path, monkeypatch):

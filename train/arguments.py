@@ -44,7 +44,7 @@ class LoopArguments:
         default=200, metadata={"help": "Optimizer steps between two validations on validation_rows."}
     )
     save_steps: int = field(default=500, metadata={"help": "Optimizer steps between two checkpoints; 0 never."})
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept."})
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints kept, the newest; 0: all."})
     report_to: str = field(default="none", metadata={"help": "none, or a tracker of Accelerate such as tensorboard."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder, or 'latest' of output_dir."}
@@ -54,7 +54,7 @@ class LoopArguments:
     def __post_init__(self):
         for name, least in (("per_device_train_batch_size", 1), ("gradient_accumulation_steps", 1),
                             ("gradient_cache_chunk", 0), ("logging_steps", 1), ("eval_steps", 1), ("save_steps", 0),
-                            ("dataloader_num_workers", 0)):  # fmt: skip
+                            ("save_total_limit", 0), ("dataloader_num_workers", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if self.max_steps != -1 and self.max_steps < 1:

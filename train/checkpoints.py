@@ -97,7 +97,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.replace(aside, final)
-        for old in list_checkpoints(output_dir)[: -limit or None]:
+        for old in list_checkpoints(output_dir)[:-limit] if limit > 0 else []:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final

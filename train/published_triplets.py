@@ -8,9 +8,9 @@
     python train/published_triplets.py webdataset --annotations 'SynthTriplets18M/*.tar' \\
         --keys reference.jpg target.jpg json.edit --output_dir OUT
 
-The output has the columns reference, modification, target, source, quality, reference_id and target_id; sets of texts
-alone (rtd, instructpix2pix) have reference_caption and target_caption instead of pictures, and stage II trains on
-them too. Pictures on disk stay there and are named by path; those in tar shards are copied.
+The output has the columns reference, modification, target, source and quality; sets of texts alone (rtd,
+instructpix2pix) have reference_caption and target_caption instead of pictures, and stage II trains on them too.
+Pictures on disk stay there and are named by path, with reference_id and target_id; those in tar shards are copied.
 """
 
 import argparse
@@ -107,8 +107,8 @@ def webdataset(args: argparse.Namespace) -> Iterator[dict]:
     for shard in shards:
         for row in rows_of_shard(shard):
             reference, target, modification = (_at(row, key) for key in args.keys)
-            names = {f"{column}_id": f"{row['__key__']}-{column}" for column in ("reference", "target")}
-            yield {"reference": reference, "modification": modification, "target": target, **names}
+            # Without ids: keys may begin anew in each shard, and stage II tells pictures by their content.
+            yield {"reference": reference, "modification": modification, "target": target}
 
 
 def rows_of_shard(shard: str) -> Iterator[dict]:
@@ -193,7 +193,8 @@ def write_files(args: argparse.Namespace, folder: Path, bad: list[str]) -> int:
     """Write the triplets to `folder` and give their number; `bad` takes a sentence for each that is left out."""
     names = ["modification", "source", "quality"]
     pictures = [] if args.source in TEXTS_ALONE else ["reference", "target"]
-    names += ["reference_id", "target_id"] if pictures else ["reference_caption", "target_caption"]
+    names += [] if pictures else ["reference_caption", "target_caption"]
+    names += ["reference_id", "target_id"] if args.source in WITH_IMAGE_DIR else []
     features = Features({**dict.fromkeys(pictures, ImageFeature()), **dict.fromkeys(names, Value("string"))})
     rows = islice(checked(SOURCES[args.source](args), args, bad), args.max_rows)
     count = 0

@@ -1,42 +1,54 @@
 """Training data of known size: rows of a `datasets` dataset, in batches that any step can start from."""
 
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator, skip_first_batches
 from arguments import DataArguments, LoopArguments
 from datasets import Dataset, IterableDataset, load_dataset_builder
 from datasets import Image as ImageFeature
 
+from modeling_tscir.feature_cache import digest, file_fingerprints
 from modeling_tscir.images import find_bad_images, handle_bad_images
 
 
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
-def load_source(data: DataArguments, streaming: bool = False) -> Dataset | IterableDataset:
+def load_source(data: DataArguments, streaming: bool = False, **options) -> Dataset | IterableDataset:
     """The training split as `datasets` gives it: from the Hub, a local folder, or files named by a pattern.
+
+    Args:
+        data: or what else has `dataset_name` and `dataset_train_split`.
+        options: of `datasets.load_dataset`.
 
     Raises:
         ValueError: if it cannot be loaded, with what `datasets` says, or would be read in part twice.
     """
-    files = BUILDERS.get(Path(data.dataset_name).suffix)
-    what, options, again = data.dataset_name, {}, {}
-    if files is not None:
-        what, options = files, {"data_files": data.dataset_name}
-    elif data.dataset_config is not None and Path(data.dataset_name).is_dir():
-        # datasets keeps a stale copy of a local folder whose README names configurations (seen in 5.2).
-        again = {"download_mode": "force_redownload"}
+    what, name = data.dataset_name, getattr(data, "dataset_config", None)
+    if "data_files" not in options and (files := BUILDERS.get(Path(what).suffix)):
+        what, name, options = files, None, options | {"data_files": what}
+    local = Path(what).is_dir()
     try:
-        builder = load_dataset_builder(what, None if files else data.dataset_config, **options, **again)
-        refuse_files_twice(builder.config.data_files or {}, data.dataset_name)
+        builder = load_dataset_builder(what, name, **options)
+        found = builder.config.data_files or {}
+        refuse_files_twice(found, data.dataset_name)
+        if local:
+            # datasets 5.2 keeps a stale copy of a folder whose README names configurations, as `push_to_hub` writes
+            # it, and takes that of another folder of the same name. So each state of the files has a place of its own.
+            files = [str(file) for split in sorted(found) for file in found[split]]
+            state = digest([file_fingerprints([(file,)]) if os.path.exists(file) else file for file in files])
+            options["cache_dir"] = os.path.join(datasets.config.HF_DATASETS_CACHE, state)
+            builder = load_dataset_builder(what, name, **options)
         if streaming:
             return builder.as_streaming_dataset(split=data.dataset_train_split)
-        builder.download_and_prepare(**again, verification_mode="no_checks" if again else None)
+        builder.download_and_prepare(verification_mode="no_checks" if local else None)
         return builder.as_dataset(split=data.dataset_train_split)
     except Exception as error:  # whatever the builder of that format raises
         causes = [str(e) or type(e).__name__ for e in (error, error.__cause__) if e is not None]

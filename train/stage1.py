@@ -23,7 +23,7 @@ from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_texts
-from modeling_tscir.feature_cache import cached, feature_key
+from modeling_tscir.feature_cache import cached, feature_key, pictures_digest
 from modeling_tscir.images import load_image
 from modeling_tscir.losses import info_nce_loss, soft_alignment_loss
 
@@ -81,28 +81,22 @@ class Stage1Data(torch.utils.data.Dataset):
         num_patches = (vision.image_size // vision.patch_size) ** 2
         needed_gb = len(rows) * num_patches * vision.hidden_size * 2 / 2**30
         self.image_embeds = self.patch_states = None
-        # The fingerprint of datasets changes with the files and with everything done to the rows.
-        content = [rows._fingerprint, len(rows), precision(model)]
-        keys = [feature_key(model, processor, [*content, c]) for c in (args.image_column, args.caption_column)]
+        folder, size = data.feature_cache_dir, data.feature_batch_size
+        captions, key = list(rows[args.caption_column]), ""
+        if folder is not None:
+            key = feature_key(model, processor, [pictures_digest(self.images), precision(model)])
         if not model.mapper.needs_patches:
             self.image_embeds = cached(
-                data.feature_cache_dir,
-                keys[0],
-                lambda: embed_images(model, processor, self.images, data.feature_batch_size, progress="images"),
+                folder, key, lambda: embed_images(model, processor, self.images, size, progress="images")
             )
         elif needed_gb <= data.feature_cache_gb:
             both = functools.cache(
-                lambda: embed_images_with_patches(
-                    model, processor, self.images, data.feature_batch_size, progress="images"
-                )
+                lambda: embed_images_with_patches(model, processor, self.images, size, progress="images")
             )
-            self.image_embeds = cached(data.feature_cache_dir, keys[0], lambda: both()[0])
-            self.patch_states = cached(data.feature_cache_dir, f"{keys[0]}-patches", lambda: both()[1])
-        self.caption_embeds = cached(
-            data.feature_cache_dir,
-            keys[1],
-            lambda: embed_texts(model, processor, list(rows[args.caption_column]), progress="captions"),
-        )
+            self.image_embeds = cached(folder, key, lambda: both()[0])
+            self.patch_states = cached(folder, f"{key}-patches", lambda: both()[1])
+        key = feature_key(model, processor, ["texts", captions, precision(model)])
+        self.caption_embeds = cached(folder, key, lambda: embed_texts(model, processor, captions, progress="captions"))
 
     def __len__(self) -> int:
         return len(self.caption_embeds)

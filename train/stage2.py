@@ -25,7 +25,8 @@ from validation import Validation
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.backbone import fingerprint_of_tensors
 from modeling_tscir.embedding import embed_images, embed_references, embed_texts
-from modeling_tscir.feature_cache import cached, feature_key
+from modeling_tscir.feature_cache import cached, feature_key, picture_name, pictures_digest
+from modeling_tscir.images import Selected
 from modeling_tscir.losses import composing_loss
 
 
@@ -104,26 +105,24 @@ class Stage2Data(torch.utils.data.Dataset):
     def _embed_pictures(
         self, rows: Dataset, model: TSCIRModel, size: int, folder: str | None, args: Stage2Arguments
     ) -> None:
-        references, targets = rows[args.reference_column], rows[args.target_column]
-        firsts = first_of_each(self.groups or [r["bytes"] or r["path"] for r in references])
+        firsts = first_of_each(self.groups)
         unique = sorted(set(firsts))
         position = {row: i for i, row in enumerate(unique)}
         self.references = torch.tensor([position[first] for first in firsts])  # [rows], each row's among them
-        pictures = [references[i] for i in unique]
-        both = functools.cache(lambda: embed_references(model, self.processor, pictures, size, progress="references"))
-        # The fingerprint of datasets changes with the files and with everything done to the rows.
-        columns = [args.reference_column, args.reference_id_column]
-        content = [rows._fingerprint, len(rows), *columns, precision(model), mapper_key(model)]
-        key = feature_key(model, self.processor, content)
-        self.reference_embeds = cached(folder, key, lambda: both()[0])
-        self.pseudo_words = cached(folder, f"{key}-pseudo-words", lambda: both()[1])
-        key = feature_key(model, self.processor, [rows._fingerprint, len(rows), args.target_column, precision(model)])
-        self.target_embeds = cached(
-            folder, key, lambda: embed_images(model, self.processor, targets, size, progress="targets")
+        references, targets = Selected(rows[args.reference_column], unique), rows[args.target_column]
+        both = functools.cache(
+            lambda: embed_references(model, self.processor, references, size, progress="references")
         )
-        named = args.target_id_column in rows.column_names
-        names = rows[args.target_id_column] if named else [t["bytes"] or t["path"] for t in targets]
-        self.target_ids = torch.tensor(first_of_each(list(names)))
+        keys = ["", ""]
+        if folder is not None:
+            contents = [[pictures_digest(references), mapper_key(model)], [pictures_digest(targets)]]
+            keys = [feature_key(model, self.processor, [*content, precision(model)]) for content in contents]
+        self.reference_embeds = cached(folder, keys[0], lambda: both()[0])
+        self.pseudo_words = cached(folder, f"{keys[0]}-pseudo-words", lambda: both()[1])
+        self.target_embeds = cached(
+            folder, keys[1], lambda: embed_images(model, self.processor, targets, size, progress="targets")
+        )
+        self.target_ids = torch.tensor(first_of_each(names_of(rows, args.target_id_column, args.target_column)))
 
     def _embed_captions(self, rows: Dataset, model: TSCIRModel, args: Stage2Arguments) -> None:
         targets = list(rows[args.target_caption_column])
@@ -159,9 +158,20 @@ def mapper_key(model: TSCIRModel) -> list:
     return [fingerprint_of_tensors(model.mapper.state_dict()), *choices]
 
 
-def group_names(rows: Dataset, args: Stage2Arguments) -> list | None:
-    """What tells each row's reference, where the data says."""
-    return list(rows[args.reference_id_column]) if args.reference_id_column in rows.column_names else None
+def group_names(rows: Dataset, args: Stage2Arguments) -> list:
+    """What tells each row's reference."""
+    pictures = args.reference_column in rows.column_names
+    column = args.reference_column if pictures else args.reference_caption_column
+    return names_of(rows, args.reference_id_column, column)
+
+
+def names_of(rows: Dataset, id_column: str, column: str) -> list:
+    """Each row's id; where the data has none, what equal pictures, still encoded, or equal texts of `column` share."""
+    names = list(rows[id_column]) if id_column in rows.column_names else [None] * len(rows)
+    nameless = [row for row, name in enumerate(names) if name is None]
+    for row, found in zip(nameless, rows.select(nameless)[column], strict=True):
+        names[row] = (column, picture_name(found) if isinstance(found, dict) else found)
+    return names
 
 
 def first_of_each(names: list) -> list[int]:

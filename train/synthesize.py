@@ -26,11 +26,11 @@ from pathlib import Path
 import torch
 from caption_pairs import Change, changes_between, diversity, near_captions, words_of
 from checkpoints import refuse_unwritable_folder
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from language_model import ChatModel, Endpoint, Writer
 from picture_pairs import told_apart
-from rows import BUILDERS, check_columns, file_of, text_problem
+from rows import check_columns, file_of, load_source, text_problem
 from tqdm.auto import tqdm
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
@@ -118,16 +118,7 @@ def embeddings_of(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor
 def read_rows(args: argparse.Namespace) -> tuple[Dataset, list, dict[str, str]]:
     """The captioned rows, each one's picture id, and why rows were left out."""
     options = {"field": args.json_field} if args.json_field else {}
-    name, files = args.dataset_name, {"data_files": args.data_files} if args.data_files else {}
-    if not files and (builder := BUILDERS.get(Path(name).suffix)):
-        name, files = builder, {"data_files": name}
-    try:
-        rows = load_dataset(name, split=args.dataset_train_split, **files, **options)
-    except Exception as error:  # whatever the builder of that format raises
-        raise ValueError(
-            f"--dataset_name {args.dataset_name}, split {args.dataset_train_split}, cannot be loaded: "
-            f"{error or type(error).__name__}"
-        ) from error
+    rows = load_source(args, **options, **({"data_files": args.data_files} if args.data_files else {}))
     check_columns(args, {args.caption_column: "the caption"}, rows, images=[])
     if args.id_column is not None and args.id_column not in rows.column_names:
         raise ValueError(
