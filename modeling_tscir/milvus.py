@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .metadata import Condition
 from .shards import GalleryError
@@ -23,9 +23,16 @@ def as_filter(condition: Condition) -> str:
     field, value = f"metadata[{json.dumps(condition.column)}]", condition.value
     if condition.operator in ("in", "not in"):
         sign, link = ("==", " or ") if condition.operator == "in" else ("!=", " and ")
-        return "(" + link.join(f"{field} {sign} {json.dumps(one)}" for one in value) + ")" if value else 'id != ""'
+        return (
+            "(" + link.join(f"{field} {sign} {json.dumps(one)}" for one in value) + ")" if value else f"exists {field}"
+        )
     sign = {"=": "=="}.get(condition.operator, condition.operator)
     return f"{field} {sign} {json.dumps(value)}"
+
+
+def among(ids: Sequence[str]) -> str:
+    """A filter for rows by their ids. The client's own `ids=` puts them between single quotes as they are."""
+    return f"id in {json.dumps(list(ids), ensure_ascii=False)}"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from .gallery import FORMAT, Gallery, fingerprint_of
 from .gallery_search import check_search
 from .images import load_image
 from .metadata import Where, conditions_of, kinds_of, values_of
-from .milvus import as_filter, connect, holds_gallery, is_milvus, told
+from .milvus import among, as_filter, connect, holds_gallery, is_milvus, told
 from .shards import GalleryError
 
 
@@ -141,17 +141,26 @@ class MilvusGallery:
     def _get(self, ids: Sequence[str], fields: Sequence[str]) -> list[dict]:
         rows = []
         for start in range(0, len(ids), ROWS_AT_A_TIME):
-            some = list(ids[start : start + ROWS_AT_A_TIME])
-            rows += self.client.get(self.collection, ids=some, output_fields=list(fields))
+            some = among(ids[start : start + ROWS_AT_A_TIME])
+            rows += self.client.query(self.collection, filter=some, output_fields=list(fields))
         return rows
 
     def _rows(self, fields: Sequence[str], filter: str = "") -> Iterator[dict]:
-        rows = self.client.query_iterator(
-            self.collection, batch_size=ROWS_AT_A_TIME, filter=filter, output_fields=list(fields)
-        )
-        while batch := rows.next():
-            yield from batch
-        rows.close()
+        """All rows by their ids, some at a time. The client's own iterator does not bear a quote in an id."""
+        after = ""
+        while True:
+            rows = self.client.query(
+                self.collection,
+                filter=" and ".join(f"({part})" for part in (after, filter) if part),
+                output_fields=["id", *fields],
+                limit=ROWS_AT_A_TIME,
+                iterator="True",  # the first by their ids, as the client's iterator asks for
+                reduce_stop_for_best="False",
+            )
+            yield from rows
+            if len(rows) < ROWS_AT_A_TIME:
+                return
+            after = f"id > {json.dumps(rows[-1]['id'], ensure_ascii=False)}"
 
     @property
     def ids(self) -> list[str]:
@@ -316,7 +325,7 @@ class MilvusGallery:
         """Delete the rows of `ids`."""
         names = sorted(ids)
         for start in range(0, len(names), ROWS_AT_A_TIME):
-            self.client.delete(self.collection, ids=names[start : start + ROWS_AT_A_TIME])
+            self.client.delete(self.collection, filter=among(names[start : start + ROWS_AT_A_TIME]))
 
     def set_paths(self, paths: dict[str, bytes]) -> None:
         """Where pictures, by their ids, lie now."""

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import noise
 from PIL import Image
 
 from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, GalleryError, TSCIRProcessor
@@ -92,7 +93,7 @@ def test_it_answers_as_a_folders_gallery_does(both):
     for options in ({}, {"top_k": 2}, {"where": {"colour": "red"}}, {"where": {"price": (">", 10)}},
                     {"where": {"colour": 'bl"ue'}}, {"where": {"colour": ["red", "x"], "price": ("<=", 20)}},
                     {"where": {"price": ("!=", 10)}}, {"exclude": ["again.png"]}, {"where": {"colour": []}},
-                    {"where": {"colour": ("not in", ["red"])}},
+                    {"where": {"colour": ("not in", ["red"])}}, {"where": {"colour": ("not in", [])}},
                     {"where": [("price", ">", 10), ("price", "<", 30)]}):  # fmt: skip
         mine, other = plain(remote.search(QUERIES, **options)), plain(local.search(QUERIES, **options))
         assert [[r["id"] for r in row] for row in mine] == [[r["id"] for r in row] for row in other], options
@@ -118,6 +119,23 @@ def test_it_follows_the_folder_and_survives_closing(both, stage2, processor, pic
     with pytest.raises(KeyError, match="0.png"):
         remote.remove(["0.png"])
     remote.client.close()
+
+
+@pytest.mark.parametrize("page", [2, 500])
+def test_file_names_may_hold_quotes(stage2, processor, picture_folder, tmp_path, monkeypatch, page):
+    monkeypatch.setattr("modeling_tscir.milvus_gallery.ROWS_AT_A_TIME", page)
+    names = ["it's.png", "a','0.png", 'quo"te.png', "back\\slash.png", "grün 紅.png"]
+    for number, name in enumerate(names):
+        noise(number).save(picture_folder / name)
+    uri = str(tmp_path / "g.db")
+    remote = MilvusGallery.from_folder(picture_folder, uri, stage2, processor)
+    assert set(names) < set(remote.ids) and all(name in remote for name in names)
+    assert "none','0.png" not in remote and remote.content("x' or id != '") is None
+    assert remote.source("it's.png") == str(picture_folder / "it's.png")
+    for name in names:
+        (picture_folder / name).unlink()
+    remote = MilvusGallery.from_folder(picture_folder, uri, stage2, processor)
+    assert not set(names) & set(remote.ids) and len(remote) == 6
 
 
 def test_the_pipeline_searches_it(both, stage2, processor, picture_folder):
