@@ -21,20 +21,16 @@ class Effect(NamedTuple):
 def resampled_means(
     values: np.ndarray, clusters: Sequence, rng: np.random.Generator, resamples: int = RESAMPLES
 ) -> np.ndarray:
-    """Means [resamples] of `values` [S, Q] over seeds and queries drawn anew, both with replacement.
+    """Means [resamples] of `values` [Q] over queries drawn anew with replacement.
 
     Queries are drawn by cluster: those of one reference come together or not at all.
     """
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
-    seeds, groups = len(values), len(names)
-    sums = np.stack([np.bincount(index, weights=row, minlength=groups) for row in values])  # [S, G]
-    sizes = np.bincount(index, minlength=groups)
-    seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)  # [R, S]
+    sums, sizes = np.bincount(index, weights=values), np.bincount(index)  # [G]
     means = np.empty(resamples)
     for start in range(0, resamples, 1000):
-        rows = slice(start, start + 1000)
-        weights = drawn_counts(groups, len(seed_weights[rows]), rng)  # [r, G]
-        means[rows] = ((seed_weights[rows] @ sums) * weights).sum(1) / (seeds * (weights @ sizes))
+        weights = drawn_counts(len(names), len(means[start : start + 1000]), rng)  # [r, G]
+        means[start : start + 1000] = (weights @ sums) / (weights @ sizes)
     return means
 
 
@@ -47,8 +43,12 @@ def drawn_counts(groups: int, resamples: int, rng: np.random.Generator) -> np.nd
     return np.bincount(draws.ravel(), minlength=resamples * groups).reshape(resamples, groups)
 
 
-def compared(parts: Sequence[tuple[np.ndarray, Sequence]], seed: int = 0) -> Effect:
+def compared(parts: Sequence[tuple[np.ndarray, Sequence]], seed: int = 0, resamples: int = RESAMPLES) -> Effect:
     """The mean over several benchmarks of paired differences.
+
+    What references add to its uncertainty is a bootstrap's, benchmark by benchmark. Of seeds, which are few, and which
+    are the same models on every benchmark, it is Student's t of their means over all benchmarks: five seeds drawn anew
+    would spread too little, and too little again if each benchmark drew its own. The interval is that of their sum.
 
     Args:
         parts: for each benchmark, differences [S, Q] of two runs, by seed and query, and the queries' clusters.
@@ -59,11 +59,13 @@ def compared(parts: Sequence[tuple[np.ndarray, Sequence]], seed: int = 0) -> Eff
     rng = np.random.default_rng(seed)
     if not all(np.isfinite(values).all() for values, _ in parts):
         raise ValueError("differences hold NaN or infinite values")
-    means = np.mean([resampled_means(values, clusters, rng) for values, clusters in parts], axis=0)
-    effect = float(np.mean([values.mean() for values, _ in parts]))
+    means = np.mean([resampled_means(values.mean(0), clusters, rng, resamples) for values, clusters in parts], axis=0)
+    of_seeds = np.mean([values.mean(1) for values, _ in parts], axis=0)  # [S]
+    if (seeds := len(of_seeds)) > 1:
+        means += of_seeds.std(ddof=1) / seeds**0.5 * rng.standard_t(seeds - 1, len(means))
     low, high = np.quantile(means, [0.025, 0.975])
     tail = min((means <= 0).mean(), (means >= 0).mean())
-    return Effect(effect, float(low), float(high), float(min(1.0, 2 * max(tail, 1 / len(means)))))
+    return Effect(float(of_seeds.mean()), float(low), float(high), float(min(1.0, 2 * max(tail, 1 / len(means)))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

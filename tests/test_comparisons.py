@@ -16,18 +16,45 @@ def test_the_bootstrap_spreads_as_the_clustered_standard_error():
     clusters = np.repeat(np.arange(300), 3)
     values = rng.normal(size=300)[clusters] + rng.normal(size=900)
     mean, error = mean_and_standard_error(values, clusters)
-    means = resampled_means(values[None], clusters, rng, 4000)
+    means = resampled_means(values, clusters, rng, 4000)
     assert means.mean() == pytest.approx(mean, abs=3 * error / 4000**0.5 + 0.002)
     assert means.std() == pytest.approx(error, rel=0.05)
-    alone = resampled_means(values[None], np.arange(900), rng, 4000)
+    alone = resampled_means(values, np.arange(900), rng, 4000)
     assert alone.std() < 0.8 * means.std()  # queries of one reference are not independent
 
 
-def test_seeds_are_drawn_too():
-    """Seeds that differ widen the interval, though every seed's queries agree."""
-    values = np.repeat([[0.0], [1.0], [2.0], [3.0]], 50, axis=1)
-    means = resampled_means(values, np.arange(50), np.random.default_rng(0), 4000)
-    assert means.std() == pytest.approx(np.std([0, 1, 2, 3]) / 2, rel=0.05)
+def test_seeds_count_as_the_few_that_they_are():
+    """Where all queries of a seed agree, the interval is Student's: of five values 2.776 standard errors."""
+    values = np.repeat([[-0.2], [0.1], [0.2], [0.3], [0.6]], 50, axis=1)
+    found = compared([(values, np.arange(50))])
+    half = 2.776 * values[:, 0].std(ddof=1) / 5**0.5
+    assert found.effect == pytest.approx(0.2)
+    assert (found.ci_low, found.ci_high) == pytest.approx((0.2 - half, 0.2 + half), rel=0.06)
+    # The same models on a second benchmark are no further seeds; others that cancel them out would be.
+    twice = compared([(values, np.arange(50)), (values, np.arange(50))])
+    assert twice.ci_high - twice.ci_low == pytest.approx(2 * half, rel=0.06)
+    opposite = compared([(values, np.arange(50)), (0.4 - values, np.arange(50))])
+    assert opposite.ci_high - opposite.ci_low < 1e-9
+
+
+@pytest.mark.parametrize("shared", [0.0, 0.7])
+def test_nothing_is_told_where_nothing_is(shared):
+    """Of 400 comparisons of equals a twentieth are told apart, whether benchmarks share their seeds' luck or not."""
+    rng, told = np.random.default_rng(0), 0
+    clusters = np.repeat(np.arange(60), 2)
+    for _ in range(400):
+        luck = shared**0.5 * rng.normal(size=(5, 1))
+        parts = [
+            (
+                0.1 * (luck + (1 - shared) ** 0.5 * rng.normal(size=(5, 1)))
+                + 0.5 * rng.normal(size=60)[clusters]
+                + rng.normal(size=(5, 120)),
+                clusters,
+            )
+            for _ in range(3)
+        ]
+        told += compared(parts, resamples=1000).p_value < 0.05
+    assert told <= 0.08 * 400
 
 
 def test_clear_effects_are_told_and_others_are_not():
