@@ -1,5 +1,6 @@
 """Paired comparisons of runs over queries and seeds: bootstrap clustered by reference, Holm's correction."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,6 +44,12 @@ def drawn_counts(groups: int, resamples: int, rng: np.random.Generator) -> np.nd
     return np.bincount(draws.ravel(), minlength=resamples * groups).reshape(resamples, groups)
 
 
+@functools.cache
+def students_t(freedom: int, count: int) -> np.ndarray:
+    """Numbers [count] that lie as Student's t does, evenly rather than as so few draws of it would."""
+    return np.sort(np.random.default_rng(0).standard_t(freedom, 200 * count))[100::200]
+
+
 def compared(parts: Sequence[tuple[np.ndarray, Sequence]], seed: int = 0, resamples: int = RESAMPLES) -> Effect:
     """The mean over several benchmarks of paired differences.
 
@@ -62,7 +69,7 @@ def compared(parts: Sequence[tuple[np.ndarray, Sequence]], seed: int = 0, resamp
     means = np.mean([resampled_means(values.mean(0), clusters, rng, resamples) for values, clusters in parts], axis=0)
     of_seeds = np.mean([values.mean(1) for values, _ in parts], axis=0)  # [S]
     if (seeds := len(of_seeds)) > 1:
-        means += of_seeds.std(ddof=1) / seeds**0.5 * rng.standard_t(seeds - 1, len(means))
+        means += of_seeds.std(ddof=1) / seeds**0.5 * rng.permutation(students_t(seeds - 1, len(means)))
     low, high = np.quantile(means, [0.025, 0.975])
     tail = min((means <= 0).mean(), (means >= 0).mean())
     return Effect(float(of_seeds.mean()), float(low), float(high), float(min(1.0, 2 * max(tail, 1 / len(means)))))
