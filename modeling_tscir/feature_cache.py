@@ -33,6 +33,13 @@ def preprocessing_of(processor) -> dict:
     return {"padded_aspect_ratio": processor.padded_aspect_ratio, **kept}
 
 
+def architecture_of(model) -> list:
+    """What decides a backbone's features beside its tensors."""
+    names = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
+    config = model.config.clip_config
+    return [getattr(part, name, None) for part in (config.text_config, config.vision_config) for name in names]
+
+
 def feature_key(model, processor, content: Sequence) -> str:
     """Fingerprint of backbone, precision, preprocessing, version of this code, and what the features are of.
 
@@ -42,7 +49,8 @@ def feature_key(model, processor, content: Sequence) -> str:
         content: JSON-like, such as `file_fingerprints` of pictures, or texts.
     """
     backbone = model.config.backbone_fingerprint or backbone_fingerprint(model.clip)
-    return digest([backbone, str(model.dtype), preprocessing_of(processor), *MADE_BY, content])
+    how = [str(model.dtype), architecture_of(model), preprocessing_of(processor), *MADE_BY]
+    return digest([backbone, *how, content])
 
 
 def file_fingerprints(files: Sequence[tuple]) -> list[list]:

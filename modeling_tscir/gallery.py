@@ -24,7 +24,7 @@ import torch
 from transformers.utils import logging
 
 from .backbone import backbone_fingerprint
-from .feature_cache import MADE_BY, digest, preprocessing_of
+from .feature_cache import MADE_BY, architecture_of, digest, preprocessing_of
 from .files import File
 from .gallery_index import IndexMixin
 from .gallery_rows import Rows
@@ -52,6 +52,7 @@ def fingerprint_of(model, processor) -> dict[str, str]:
     embedding is frozen CLIP's own."""
     return {
         "backbone": model.config.backbone_fingerprint or backbone_fingerprint(model.clip),
+        "architecture": digest(architecture_of(model)),
         "preprocessing": digest(preprocessing_of(processor)),
         "embedding_code": str(MADE_BY[0]),
     }
@@ -168,7 +169,8 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
 
     def check(self, model, processor) -> None:
         """Raise `GalleryError` unless the gallery's embeddings are comparable with what this model would make."""
-        mine, theirs = self.info["fingerprint"], fingerprint_of(model, processor)
+        theirs = fingerprint_of(model, processor)
+        mine = {"architecture": theirs["architecture"], **self.info["fingerprint"]}  # older galleries do not tell it
         differing = [name for name in theirs if mine.get(name) != theirs[name]]
         if differing:
             raise GalleryError(

@@ -8,6 +8,7 @@ from numbers import Number
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 
@@ -99,9 +100,16 @@ def tidy(frame: pd.DataFrame, source: str) -> pd.DataFrame:
             plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             plain = False
-        text = pd.Series([None if pd.isna(v) else str(v) for v in column.astype(object)], index=frame.index)
+        text = pd.Series([as_text(value) for value in column.astype(object)], index=frame.index)
         columns[str(name)] = column.convert_dtypes() if plain else text.astype("string")
     return pd.DataFrame(columns, index=frame.index).rename_axis("id")
+
+
+def as_text(value) -> str | None:
+    """None for what is missing; the parts of a list, with commas between."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return ", ".join(map(str, value))
+    return None if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
 
 
 def merged(old: pd.DataFrame, new: pd.DataFrame, replaced: set[str]) -> pd.DataFrame:

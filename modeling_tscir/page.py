@@ -109,6 +109,7 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
         raise ValueError("the page needs a gallery with pictures: cir.index(Gallery.load(folder))")
     ids = gallery.ids
     samples = ids[:: max(1, len(ids) // SAMPLES)][:SAMPLES]
+    own_weight = cir.model.config.composed_weight if cir.model.mapper is not None else 0.0
 
     def search(upload, chosen, text, second, weight, count):
         """Results, their ids, and the same query by picture alone and by text alone."""
@@ -126,7 +127,8 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
             queries.append({"text": text})
         try:
             own = [] if chosen is None else [chosen]
-            found = cir(queries, top_k=min(int(count), MAX_RESULTS), weight=float(weight), exclude=own)
+            moved = None if weight == own_weight else float(weight)  # else the model's own, for those that have one
+            found = cir(queries, top_k=min(int(count), MAX_RESULTS), weight=moved, exclude=own)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         by_picture = captioned(found[1][:5], names=False) if given else []
@@ -159,7 +161,7 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
                 go = gr.Button("Search", variant="primary", elem_id="search")
                 with gr.Accordion("More", open=False):
                     second = upload(label="Second picture: “… in the colour of …”", height=180, elem_id="second")
-                    weight = gr.Slider(-1, 1, 0, step=0.1, label="Towards the picture (-1) or the text (1)")
+                    weight = gr.Slider(-1, 1, own_weight, step=0.05, label="Towards the picture (-1) or the text (1)")
                     count = gr.Slider(1, MAX_RESULTS, 10, step=1, label="Results")
             with gr.Column(scale=3):
                 trail = gr.Markdown(elem_id="steps")
@@ -186,7 +188,7 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
             search, inputs, outputs, api_name=False, **alone
         )
         gr.on([image.upload, image.clear], forget_choice, None, [chosen, steps, trail], api_name=False)
-    return page.queue(max_size=MAX_WAITING)
+    return page.queue(max_size=MAX_WAITING, api_open=False)  # else requests could pass the queue by
 
 
 class Limits:

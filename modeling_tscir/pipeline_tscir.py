@@ -99,12 +99,11 @@ class ComposedImageRetrievalPipeline(Pipeline):
         if isinstance(sources, list) and any(is_url(source) for source in sources):
             self._fetched = tempfile.TemporaryDirectory()  # lives as long as this gallery
             sources = fetch(sources, self._fetched.name)
-        bad = find_bad_images(sources, [str(i) for i in ids])
-        handle_bad_images(bad, len(ids), on_bad_image)
-        self.bad_images = bad
-        if bad:
-            names = {name for name, _ in bad}
-            kept = [i for i, name in enumerate(ids) if str(name) not in names]
+        reasons = dict(find_bad_images(sources, range(len(ids))))  # by row: several may have one id
+        self.bad_images = [(str(ids[row]), why) for row, why in reasons.items()]
+        handle_bad_images(self.bad_images, len(ids), on_bad_image)
+        if reasons:
+            kept = [row for row in range(len(ids)) if row not in reasons]
             sources, ids = Selected(sources, kept), [ids[i] for i in kept]
         embeds = embed_images(self.model, self.processor, sources, batch_size, progress=len(ids) > 1000 and "index")
         self.gallery, self.gallery_embeds = None, embeds.to(self.device)

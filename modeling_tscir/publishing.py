@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from .model_card import ON_HUB, model_card, public
 
 NAMES = ("model_name_or_path", "dataset_name")  # of folders, or on the Hub
 PATHS = (*NAMES, "output_dir", "feature_cache_dir", "resume_from_checkpoint", "config")
+FOLDERS = re.compile(r"""(?<![\w.:/])(/|[A-Za-z]:[\\/])([^/\\\n'",]+[/\\])+""")  # absolute, before a file's name
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapters/*")
 
 
@@ -179,6 +181,8 @@ def without_folders(record: dict) -> dict:
             value = without_folders(value)
         elif name in PATHS and isinstance(value, str) and not (name in NAMES and ON_HUB.fullmatch(value)):
             value = os.path.basename(os.path.normpath(value))
+        elif name == "skipped_images":
+            value = [[FOLDERS.sub("", text) for text in skipped] for skipped in value]
         shortened[name] = value
     return shortened
 

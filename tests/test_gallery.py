@@ -233,6 +233,10 @@ def test_another_backbone_or_preprocessing_is_refused_and_other_adapters_are_not
             shutil.copy(clip_dir / name, tmp_path / "other")
     with pytest.raises(GalleryError, match="another backbone"):
         Gallery.load(gallery.folder, TSCIRModel.from_clip_pretrained(tmp_path / "other"), processor)
+    other = TSCIRModel.from_clip_pretrained(clip_dir)
+    other.config.clip_config.vision_config.hidden_act = "gelu"  # of the same tensors
+    with pytest.raises(GalleryError, match="another architecture"):
+        Gallery.load(gallery.folder, other, processor)
     squeezed = TSCIRProcessor.from_clip_pretrained(clip_dir, padded_aspect_ratio=1.25)
     with pytest.raises(GalleryError, match="another preprocessing"):
         Gallery.load(gallery.folder, stage1, squeezed)
@@ -355,3 +359,14 @@ def test_a_reader_follows_a_writer_that_rewrites_shards(make_gallery, picture_fo
     stop.set()
     reader.join()
     assert not problems, problems[:3]
+
+
+def test_lists_in_metadata_become_text(make_gallery, picture_folder):
+    rows = [
+        {"file_name": "0.png", "tags": ["red", "dress"]},
+        {"file_name": "2.png", "tags": []},
+        {"file_name": "4.png"},
+    ]
+    (picture_folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    gallery = make_gallery()
+    assert gallery.metadata["tags"]["0.png"] == "red, dress" and pd.isna(gallery.metadata["tags"]["4.png"])

@@ -206,3 +206,21 @@ def test_a_visitor_searches_and_goes_on_from_a_result(address, cir, picture_fold
         assert problems == []
         browser.close()
     assert gr.__version__
+
+
+def test_queries_are_the_models_own_unless_the_slider_moves(address, cir, pictures):
+    """What the page finds first is what the pipeline finds."""
+    page = make_page(cir)
+    slider = next(block for block in page.blocks.values() if isinstance(block, gr.Slider) and block.minimum == -1)
+    assert slider.value == cir.model.config.composed_weight == 0.2
+    path = {"path": upload(address, png(pictures[0])).json()[0], "meta": {"_type": "gradio.FileData"}}
+    for weight, told in ((0.2, {}), (0, {"weight": 0.0})):
+        results = json.loads(search(address, path, "red", weight=weight, count=5)["data"])[0]
+        wanted = cir(image=pictures[0], text="red", top_k=5, **told)
+        assert [r["caption"].split()[:2] for r in results] == [[f"{w['score']:.3f}", w["id"]] for w in wanted]
+
+
+@pytest.mark.parametrize("route", ["api/search", "run/search", "run/predict"])
+def test_searches_cannot_pass_the_queue_by(address, route):
+    data = {"data": [None, "red", None, 0, 3], "fn_index": 0}
+    assert httpx.post(f"{address}/gradio_api/{route}", json=data, timeout=30).status_code == 404

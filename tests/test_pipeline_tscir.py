@@ -1,4 +1,5 @@
 import http.server
+import io
 import logging
 import threading
 
@@ -109,6 +110,21 @@ def test_bad_pictures_are_named_before_work_or_skipped(cir, pictures, picture_fo
     cir.index(picture_folder, on_bad_image="skip")
     assert [name for name, _ in cir.bad_images] == ["broken.jpg", "empty.png"]
     assert len(cir(image=pictures[0], text="red")) == 6
+
+
+def test_a_bad_picture_takes_no_other_of_its_id_with_it(cir, pictures):
+    encoded = [{"bytes": encode(picture), "path": None} for picture in pictures[:3]]
+    encoded[1]["bytes"] = b"nothing"
+    features = Features({"image": ImageFeature(decode=False), "image_id": Value("string")})
+    rows = Dataset.from_dict({"image": encoded, "image_id": ["shoe", "shoe", "hat"]}, features=features)
+    cir.index(rows, on_bad_image="skip", id_column="image_id")
+    assert cir.gallery_ids == ["shoe", "hat"] and [name for name, _ in cir.bad_images] == ["shoe"]
+
+
+def encode(picture) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def test_misuse_is_explained(cir, pictures):

@@ -20,7 +20,7 @@ from transformers import AutoModel
 
 from modeling_tscir import MINIATURE_CHECKPOINT, ComposedImageRetrievalPipeline, TSCIRModel, TSCIRProcessor
 from modeling_tscir.model_card import licence_of
-from modeling_tscir.publishing import default_form, read_results, write_repository
+from modeling_tscir.publishing import default_form, read_results, training_records, write_repository
 
 
 PREPARE = """
@@ -390,3 +390,12 @@ def test_what_training_records(launch, clip_dir, tmp_path):
     assert 0 < record["hours"] < 1 and "CPU" in record["hardware"]
     assert record["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
     assert record["previous_stage"]["max_steps"] == 1 and "previous_stage" not in record["previous_stage"]
+
+
+def test_what_was_skipped_names_no_folder(tmp_path):
+    skipped = [["row 3, column image, /home/a/my photos/x.jpg", "[Errno 2] No such file: '/home/a/x.jpg'"],
+               ["shard /data/3.tar, sample 1/2", "broken"]]  # fmt: skip
+    (tmp_path / "training_arguments.json").write_text(json.dumps({"skipped_images": skipped}), "utf-8")
+    assert training_records(tmp_path)["skipped_images"] == [
+        ["row 3, column image, x.jpg", "[Errno 2] No such file: 'x.jpg'"], ["shard 3.tar, sample 1/2", "broken"],
+    ]  # fmt: skip
