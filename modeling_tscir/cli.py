@@ -160,7 +160,7 @@ def run_index(args: argparse.Namespace) -> int:
     from .gallery import Gallery
     from .gallery_index import empty
     from .indexing import Processes
-    from .milvus import is_milvus
+    from .milvus import holds_gallery, is_milvus
     from .milvus_gallery import MilvusGallery, open_gallery
 
     if not args.folder.is_dir():
@@ -168,8 +168,8 @@ def run_index(args: argparse.Namespace) -> int:
     if not is_milvus(args.output) and (taken := nearest_file(Path(args.output))):
         raise ValueError(f"--output {args.output}: {taken} is a file; name a folder")
     processes = Processes()  # before the model, as it chooses each process's GPU
-    there = is_milvus(args.output) or (Path(args.output) / "gallery.json").is_file()
-    name = args.model or model_of(open_gallery(args.output) if there else None, None)
+    there = holds_gallery if is_milvus(args.output) else lambda folder: (Path(folder) / "gallery.json").is_file()
+    name = args.model or model_of(open_gallery(args.output) if there(args.output) else None, None)
     cir = load_pipeline(name)
     kind = MilvusGallery if is_milvus(args.output) else Gallery
     gallery = kind.open_or_create(args.output, cir.model, cir.processor, args.dtype or "float16")

@@ -21,7 +21,9 @@ def to_dataset(gallery: Gallery):
     import datasets
 
     rows = np.flatnonzero(gallery.rows.live)
-    paths = pa.array([gallery.path(row) for row in rows], pa.string())
+    # A name that is no UTF-8 cannot stand in a column of text.
+    paths = [path and path.encode("utf-8", "backslashreplace").decode() for path in map(gallery.path, rows)]
+    paths = pa.array(paths, pa.string())
     table = gallery.table.select(["id", "content"]).take(rows).append_column("path", paths)
     return datasets.Dataset(with_more(table, gallery, gallery.vectors(rows)))
 
@@ -71,7 +73,7 @@ def from_parquet(path: str | os.PathLike, folder: str | os.PathLike) -> Gallery:
     (folder / "shards").mkdir(parents=True, exist_ok=True)
     for number in range(file.num_row_groups):
         table = file.read_row_group(number)
-        values = table["embedding"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        values = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, kept["dimensions"])
         embeds = torch.from_numpy(values.copy()).to(DTYPES[kept["dtype"]])
         write_shard(folder / "shards" / f"{number:06d}", table.select(SCHEMA.names).cast(SCHEMA), embeds)
     write_json(folder / "gallery.json", {"format": FORMAT, **kept, "tscir_version": __version__})

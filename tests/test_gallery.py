@@ -293,8 +293,16 @@ def test_parquet_there_and_back(make_gallery, picture_folder, tmp_path):
     table = pd.read_parquet(tmp_path / "g.parquet")
     assert table["id"].tolist() == gallery.ids and table.loc[0, "price"] == 10
     assert np.linalg.norm(table.loc[3, "embedding"]) == pytest.approx(1, abs=1e-3)
+    # A shard whose every row is replaced elsewhere, as after a crash before its rows were forgotten, has no row.
+    gallery.write_rows(gallery.next_shard(), gallery.table.slice(0, 3).to_pylist(), gallery.embeds[0][:3])
+    gallery.reload()
+    ids = gallery.ids
+    gallery.to_parquet(tmp_path / "g.parquet")
     again = Gallery.from_parquet(tmp_path / "g.parquet", tmp_path / "again")
-    assert again.ids == gallery.ids and again.info["fingerprint"] == gallery.info["fingerprint"]
+    assert (
+        sorted(again.ids) == sorted(ids) == sorted(gallery.ids)
+        and again.info["fingerprint"] == gallery.info["fingerprint"]
+    )
     query = torch.nn.functional.normalize(torch.ones(1, 24), dim=-1)
     for where in (None, {"colour": "red"}, {"price": (">", 10)}):
         mine, other = again.search(query, 9, where)[0], gallery.search(query, 9, where)[0]

@@ -127,6 +127,7 @@ def test_two_files_of_one_id_do_not_cost_the_first(make_gallery, tmp_path):
         shutil.copy(tmp_path / "one.png", os.path.join(os.fsencode(folder), name))
     gallery = make_gallery(folder)
     assert sorted(gallery.ids) == ["a\\xff.png", "b.png"]
+    assert {os.path.basename(path) for path in gallery.dataset()["path"]} <= {"a\\xff.png", "a\\udcff.png", "b.png"}
     assert [bad["id"] for bad in gallery.unreadable] == ["a\\xff.png (a second file)"]
 
 

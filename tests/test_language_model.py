@@ -102,6 +102,8 @@ def test_good_answers_are_kept_and_never_paid_twice(server, write, tmp_path):
     found, report = write([GOOD], pairs=7)
     assert found == ["make it red"] * 7 and len(server.requests) == 7
     assert report["from cache"] == 5 and report["written"] == 2
+    found, report = write([GOOD], pairs=7)  # what was written behind the torn line is known, too
+    assert report["from cache"] == 7 and len(server.requests) == 7
 
 
 def test_garbage_and_refusals_are_asked_again_and_then_given_up(server, write):

@@ -13,6 +13,7 @@ from conftest import noise
 from PIL import Image
 
 from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, GalleryError, TSCIRProcessor
+from modeling_tscir.cli import main
 from modeling_tscir.metadata import Condition
 from modeling_tscir.milvus import as_filter, connect, is_milvus
 from modeling_tscir.milvus_gallery import MilvusGallery, open_gallery
@@ -190,3 +191,8 @@ def test_one_whose_making_was_interrupted_is_made_anew(stage2, processor, pictur
     gallery = MilvusGallery.from_folder(picture_folder, uri, stage2, processor, progress=False)
     assert len(gallery) == 6
     gallery.client.close()
+
+
+def test_a_new_one_wants_a_model(picture_folder, tmp_path, capsys):
+    assert main(["index", str(picture_folder), "--output", str(tmp_path / "new.db")]) != 0
+    assert "name a model: --model" in capsys.readouterr().err

@@ -273,3 +273,8 @@ def test_nothing_of_a_stream_is_read_ahead_of_its_record(shards, processor):
     batches = other.from_step(5)
     assert all(torch.equal(next(batches)["pixel_values"], expected) for expected in rest)
     assert len({tuple(x.flatten().tolist()) for x in (*first, *rest)}) == 11
+
+
+def test_a_buffer_of_nothing_is_refused(launch, clip_dir, tmp_path):
+    with pytest.raises(ValueError, match="--shuffle_buffer_size must be at least 1, not 0"):
+        launch(stage1_script, clip_dir, tmp_path, "--streaming", "--max_steps", 2, "--shuffle_buffer_size", 0)

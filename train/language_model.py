@@ -156,7 +156,9 @@ class Writer:
         unanswered = 0
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         pairs = iter(pairs)
+        torn = self.cache.is_file() and self.cache.read_bytes()[-1:] not in (b"", b"\n")
         with self.cache.open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
+            file.write("\n" if torn else "")
             # A little at a time, so that a run that is stopped does not wait for all that it had queued.
             while ahead := list(itertools.islice(pairs, 4 * workers)):
                 for key, text, counts in pool.map(self._one, ahead):
@@ -185,7 +187,7 @@ class Writer:
             wait = self.first_wait * 2**attempt
             try:
                 answer, tokens = self.ask(prompt)
-                counts.update({k: int(tokens.get(k, 0)) for k in ("prompt_tokens", "completion_tokens")})
+                counts.update({k: int(tokens.get(k) or 0) for k in ("prompt_tokens", "completion_tokens")})
                 text = parse_modification(answer)
                 return key, text, counts + Counter({"written": 1})
             except UnusableAnswer as error:

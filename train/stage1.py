@@ -189,6 +189,8 @@ def main() -> None:
         description=__doc__,
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
+    if args.shuffle_buffer_size < 1:
+        raise ValueError(f"--shuffle_buffer_size must be at least 1, not {args.shuffle_buffer_size}")
     if args.streaming and loop.max_steps <= 0:
         raise ValueError("a stream has no known length: say how long to train, --max_steps")
     accelerator = make_accelerator(loop)
