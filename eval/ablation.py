@@ -11,10 +11,12 @@ claims.md.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -73,6 +75,16 @@ class Grid:
         if content.get("measure", "retrieval") not in MEASURES:
             raise ValueError(f"{path}: measure is one of {', '.join(MEASURES)}, not {content['measure']!r}")
         grid = cls(**content)
+        for what in ("stage1", "runs"):
+            names = getattr(grid, what)
+            if same := [name for name, count in Counter(map(slug, names)).items() if count > 1]:
+                several = [name for name in names if slug(name) == same[0]]
+                raise ValueError(f"{path}, {what}: {several} would share their files, {same[0]}; rename one")
+        grid.stage1 = {name: numbers(choices) for name, choices in grid.stage1.items()}
+        grid.stage2 = numbers(grid.stage2)
+        for run in grid.runs.values():
+            if "stage2" in run:
+                run["stage2"] = numbers(run["stage2"] or {})
         check_queries(f"{path}, queries", grid.queries, grid.measure)
         for name, run in grid.runs.items():
             if "method" in run:
@@ -93,10 +105,19 @@ class Grid:
         for claim, pair in grid.claims.items():
             if len(pair) not in (2, 3) or not set(pair[:2]) <= set(grid.runs):
                 raise ValueError(f"{path}, claim {claim!r}: {pair} are not two of the runs {list(grid.runs)}")
-            if not set(pair[2:]) <= {*NOVELTIES, *MEASURES[grid.measure].shown}:
-                known = (*NOVELTIES, *MEASURES[grid.measure].shown)
+            known = (*(NOVELTIES if grid.measure == "retrieval" else ()), *MEASURES[grid.measure].shown)
+            if not set(pair[2:]) <= set(known):
                 raise ValueError(f"{path}, claim {claim!r}: {pair[2]!r} is none of {known}")
         return grid
+
+    def definition(self, name: str) -> dict:
+        """All that a run's results depend on, but its seed and this package's defaults."""
+        run = self.runs[name]
+        if "method" in run:
+            return {"measure": self.measure} | run
+        own = run | {"stage1": self.stage1[run["stage1"]], "measure": self.measure}
+        own |= {key: value for key, value in self.queries.items() if key not in run}
+        return own | ({"stage2": self.stage2 | run["stage2"]} if "stage2" in run else {})
 
     def trained_as(self, run: dict) -> str:
         """The first run with the same training, whatever it is evaluated with."""
@@ -112,6 +133,17 @@ class Grid:
             raise ValueError(f"runs of this grid are {list(self.runs)}, not {sorted(set(runs) - set(self.runs))}")
         claims = {claim: pair for claim, pair in self.claims.items() if set(pair[:2]) <= set(runs)}
         return replace(self, runs={name: run for name, run in self.runs.items() if name in runs}, claims=claims)
+
+
+def numbers(choices: dict) -> dict:
+    """Arguments of a training, in which YAML takes 1e-4 for a text."""
+
+    def number(value):
+        with contextlib.suppress(ValueError):
+            return float(value) if isinstance(value, str) else value
+        return value
+
+    return {name: number(value) for name, value in choices.items()}
 
 
 def check_queries(where: str, told: dict, measure: str) -> None:
@@ -169,7 +201,7 @@ class Runner:
         if record.is_file():  # written last
             held = json.loads(record.read_text(encoding="utf-8"))
             untold = {k: v for k, v in (DEFAULTS | inherited).items() if k in DEFAULTS and held.get(k) is not None}
-            asked = untold | choices
+            asked = untold | ({"max_steps": int(self.flags[1])} if self.flags else {}) | choices
             other = {k: held.get(k) for k, v in asked.items() if k != "script" and held.get(k) != v}
             if other:
                 right = {k: asked[k] for k in other}
@@ -200,6 +232,20 @@ class Runner:
     def result(self, name: str, seed: int) -> Path:
         """The file of a run's query values."""
         return self.results / "queries" / f"{slug(name)}-{seed}.parquet"
+
+    def settle(self, grid: Grid) -> None:
+        """Keep what each run is beside its results. Raises `ValueError` for results of another run of that name."""
+        path = self.results / "runs.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name in grid.runs:
+            own = json.loads(json.dumps(grid.definition(name)))
+            if known.setdefault(name, own) != own:
+                raise ValueError(
+                    f"{self.results} has results of a run {name!r} that was {known[name]}, and is {own} now; name "
+                    "another --results_dir, or rename the run"
+                )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
     def run(self, name: str, run: dict, grid: Grid, seed: int) -> Future:
         """Is done when a run's query values are there."""
@@ -234,7 +280,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "eval/ablation/components.yaml")
     parser.add_argument("--output_dir", type=Path, required=True, help="data, features and trained models")
-    parser.add_argument("--results_dir", type=Path, help="values, tables and report; OUTPUT_DIR/results unless told")
+    parser.add_argument(
+        "--results_dir", type=Path, help="values, tables, report; OUTPUT_DIR/results/CONFIG unless told"
+    )
     parser.add_argument("--clip", type=Path, help="another stand-in CLIP, for new folders")
     parser.add_argument("--world", default="val", choices=["val", "test"], help="choose on val, read test once")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
@@ -248,7 +296,7 @@ def main() -> None:
         measure, run, result = args.evaluate
         MEASURES[measure].evaluate(json.loads(run), Path(result), args.output_dir)
         return
-    results = (args.results_dir or args.output_dir / "results").resolve()
+    results = (args.results_dir or args.output_dir / "results" / args.config.stem).resolve()
     whole = Grid.read(args.config)
     grid = whole.only(args.runs or list(whole.runs))
     seeds = args.seeds or grid.seeds
@@ -257,6 +305,7 @@ def main() -> None:
         results = results / "short"
     fingerprint = settle_clip(args.output_dir, results, args.clip)
     runner = Runner(args.output_dir, results, args.jobs, flags)
+    runner.settle(grid)
     files = {(name, seed): runner.result(name, seed) for seed in seeds for name in grid.runs}
     if not all(file.is_file() for file in files.values()):
         mixtures = {mixture_of(run) for run in grid.runs.values()} - {None}

@@ -37,6 +37,8 @@ def load(args: argparse.Namespace) -> dict[str, Split]:
     root = captions_file.parent.parent
     split_file = root / "image_splits" / f"split.rc2.{split}.json"
     files = read_mapping(split_file)
+    for name in files:
+        field(files, name, str, str(split_file))
     names = list(files)
     places = index_of(names, split_file)
     columns: dict[str, list] = {"query_ids": [], "references": [], "texts": [], "truths": [], "candidates": []}

@@ -54,7 +54,9 @@ def cut_out(image: Image.Image, box: Sequence[float]) -> Image.Image:
     )
     if left >= right or top >= bottom:
         raise ValueError(f"its box {list(box)} lies outside the picture of {image.width} x {image.height}")
-    return pad_to_aspect_ratio(image.crop((left, top, right, bottom)), 1)
+    left, top, right, bottom = map(round, (left, top, right, bottom))
+    left, top = min(left, image.width - 1), min(top, image.height - 1)  # a box of less than a pixel is one
+    return pad_to_aspect_ratio(image.crop((left, top, max(right, left + 1), max(bottom, top + 1))), 1)
 
 
 def load(args: argparse.Namespace) -> dict[str, Split]:

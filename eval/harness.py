@@ -136,6 +136,8 @@ def require_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--residual must be a number, not {args.residual}")
         if args.method != "tscir":
             parser.error(f"--residual has no part in --method {args.method}")
+    if args.prompt_template is not None and args.method != "tscir":
+        parser.error(f"--prompt_template has no part in --method {args.method}")
     if not args.check_data and (args.model_name_or_path is None or args.output_dir is None):
         parser.error("--model_name_or_path and --output_dir are needed (but for --check_data)")
 
@@ -306,11 +308,13 @@ def run(
     results |= counts(benchmark.name, splits)
     results["primary_metric"] = benchmark.primary_metric if public else None
     results |= {"method": method, "weight": weight, "residual": residual}
-    results |= describe_run(benchmark, args, model, processor, splits)
+    results |= describe_run(benchmark, args, method, model, processor, splits)
     results |= describe_losses(whole, splits, skipped)
-    files = {"results.json": results}
+    submissions = {}
     if not public and benchmark.submissions is not None:
-        files |= benchmark.submissions(splits[""], ranked[""])
+        submissions = benchmark.submissions(splits[""], ranked[""])
+    results["submissions"] = sorted(submissions)
+    files = {"results.json": results} | submissions
     write_rankings(args.output_dir / "rankings.parquet", splits, ranked)
     for name, content in files.items():
         indent = 2 if name == "results.json" else None
@@ -319,12 +323,12 @@ def run(
 
 
 def describe_run(
-    benchmark: Benchmark, args, model: TSCIRModel, processor: TSCIRProcessor, splits: dict[str, Split]
+    benchmark: Benchmark, args, method: str, model: TSCIRModel, processor: TSCIRProcessor, splits: dict[str, Split]
 ) -> dict:
     """Everything but the metrics that somebody needs to get the same figures, or to know why they do not."""
     protocol = {"split": args.split} | benchmark.protocol(args)
     protocol |= {
-        "prompt_template": processor.prompt_template,
+        "prompt_template": processor.prompt_template if method == "tscir" else None,
         "preprocessing": preprocessing_of(processor),
         "dtype": args.dtype,
     }
@@ -341,7 +345,7 @@ def describe_run(
 def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, float | None, float]:
     """The method, weight and residual that a run uses, where the model or nothing said which."""
     if args.method == "tscir" and model.config.stage == 0:
-        if args.weight is not None or args.residual is not None:
+        if not args.weight is args.residual is args.prompt_template is None:
             raise ValueError("this is a plain CLIP without a mapper; name a training-free method, as --method slerp")
         logger.warning("A plain CLIP without a mapper: answering training-free, by --method slerp.")
         return "slerp", model.config.training_free_weight, 0.0
@@ -355,9 +359,13 @@ def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, 
 
 
 def describe_losses(whole: dict[str, Split], splits: dict[str, Split], skipped: list[str]) -> dict:
-    """What skipped pictures cost: queries, and right answers of the queries that are left."""
-    lost_truths = 0
+    """What skipped pictures cost: queries, and of those that are left right answers, and wrong ones of short lists."""
+    lost_truths = easier = 0
     for category, split in splits.items():
+        if split.candidates is not None:
+            before = dict(zip(whole[category].query_ids, whole[category].candidates, strict=True))
+            own = zip(split.query_ids, split.candidates, strict=True)
+            easier += sum(len(candidates) < len(before[query]) for query, candidates in own)
         if split.truths is not None:
             before = dict(zip(whole[category].query_ids, whole[category].truths, strict=True))
             own = zip(split.query_ids, split.truths, strict=True)
@@ -366,6 +374,7 @@ def describe_losses(whole: dict[str, Split], splits: dict[str, Split], skipped: 
         "skipped_images": skipped,
         "skipped_queries": sum(len(whole[c].query_ids) - len(split.query_ids) for c, split in splits.items()),
         "skipped_truths_of_other_queries": lost_truths,
+        "queries_with_shorter_lists": easier,
     }
 
 

@@ -15,6 +15,9 @@ from modeling_tscir.metrics import recall_at_k
 from modeling_tscir.ranking import Ranking
 
 
+LOSSES = ("skipped_queries", "skipped_truths_of_other_queries", "queries_with_shorter_lists")
+
+
 def recalls_by_category(name: str, ranks: dict[str, torch.Tensor], depths: Sequence[int]) -> dict[str, float]:
     """Recall at each depth for every category, from its targets' ranks [Q], and the categories' unweighted mean."""
     values: dict[str, float] = {}
@@ -91,14 +94,15 @@ def named(ranking: Ranking | None, query: int, ids: Sequence[str]) -> list[str]:
 
 def table(results: dict[str, object]) -> str:
     """Metrics in percent, counts as they are."""
-    left_out = ("weight", "residual", "skipped_queries", "skipped_truths_of_other_queries")
+    left_out = ("weight", "residual", *LOSSES)
     lines = [
         f"{name:44}{100 * value:9.2f} %" if isinstance(value, float) else f"{name:44}{value:9}"
         for name, value in results.items()
         if isinstance(value, (int, float)) and name not in left_out
     ]
     if results["primary_metric"] is None:
-        lines.append("The truths of this split are not public; what it left is for the benchmark's server.")
+        left = "what it left is for the benchmark's server" if results["submissions"] else "it left rankings alone"
+        lines.append(f"The truths of this split are not public; {left}.")
     return "\n".join([*lines, *notes(results)])
 
 
@@ -109,12 +113,18 @@ def notes(results: dict[str, object]) -> list[str]:
         lines.append(f"Note: queries have {residual:g} of what pseudo-words leave out of their pictures (--residual).")
     for name, published in results["published_counts"].items():
         if not published["same"]:
-            expected = f"{published['queries']} queries, {published['gallery_images']} pictures"
+            numbers = (published["queries"], "queries"), (published["gallery_images"], "pictures")
+            expected = ", ".join(f"{number} {what}" for number, what in numbers if number is not None)
             lines.append(f"Note: {name} has not the published numbers ({expected}); figures cannot be compared.")
     if results["skipped_images"]:
-        lost = results["skipped_queries"], results["skipped_truths_of_other_queries"]
+        queries, truths, easier = (results[name] for name in LOSSES)
         lines.append(
-            f"Note: {len(results['skipped_images'])} pictures were skipped, and with them {lost[0]} queries and "
-            f"{lost[1]} right answers of other queries."
+            f"Note: {len(results['skipped_images'])} pictures were skipped, and with them {queries} queries and "
+            f"{truths} right answers of other queries."
         )
+        if easier:
+            lines.append(
+                f"Note: {easier} queries have fewer wrong candidates for it, which makes them easier; figures cannot "
+                "be compared."
+            )
     return lines

@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.check_data:
             check_all(args)
             return
+        for name in ("table.md", "results.json"):
+            (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
         loaded = load_all(args)
         model = load_model(args)
         results = {name: run(BENCHMARKS[name], splits, *model, own) for name, (own, splits) in loaded.items()}

@@ -16,6 +16,7 @@ import itertools
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -234,6 +235,7 @@ def write_circo(output: Path, world: str) -> None:
     write_json(root / "annotations/val.json", records)
 
 
+CARD = Path(__file__).with_name("dataset_card.md")
 WRITERS: dict[str, Callable[[Path, str], None]] = {
     "cirr": write_cirr,
     "fashioniq": write_fashioniq,
@@ -245,18 +247,29 @@ def build(output: Path, benchmarks: Sequence[str] = tuple(WRITERS), seed: int = 
     """Write the whole world, or only some of its benchmarks.
 
     Args:
-        output (`Path`): the folder, made anew.
+        output (`Path`): the folder; a world that it holds is made anew.
         benchmarks: of "cirr", "fashioniq" and "circo".
         seed (`int`): draws another training set from the same training world; benchmarks do not depend on it.
+
+    Raises:
+        ValueError: if the folder holds anything else.
     """
+    if output.is_dir() and any(output.iterdir()) and not is_world(output):
+        raise ValueError(f"{output} is no world of the miniature's, and would be removed; name a new folder")
     shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    (output / "README.md").write_text(CARD.read_text(encoding="utf-8"), encoding="utf-8")
     write_captions(output, seed)
     write_triplets(output, seed)
     for world in ("val", "test"):
         for name in benchmarks:
             WRITERS[name](output, world)
-    card = Path(__file__).with_name("dataset_card.md")
-    (output / "README.md").write_text(card.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def is_world(folder: Path) -> bool:
+    """Whether a folder is one that `build` made, or began to make."""
+    card = folder / "README.md"
+    return card.is_file() and card.read_bytes() == CARD.read_bytes()
 
 
 def build_further(output: Path, per_category: int = 1400) -> None:
@@ -275,11 +288,14 @@ def build_further(output: Path, per_category: int = 1400) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="new, or a world, which is made anew")
     parser.add_argument("--benchmarks", nargs="*", choices=list(WRITERS), default=list(WRITERS))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    build(args.output_dir, args.benchmarks, args.seed)
+    try:
+        build(args.output_dir, args.benchmarks, args.seed)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from miniature.build import build
+from miniature.build import build, is_world
 from miniature.compare import BENCHMARKS, CLIP, compare, table
 from miniature.result_page import Row, write_html, write_png
 from modeling_tscir.ranking import top_k
@@ -72,7 +72,9 @@ def draw(output: Path, test, queries: torch.Tensor, image_embeds: torch.Tensor) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/miniature"))
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/miniature"), help="new, or an earlier demo's, which is replaced"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the training set drawn and of the training")
     parser.add_argument("--clip", type=Path, default=CLIP, help="another stand-in CLIP, see miniature/train_clip.py")
     parser.add_argument("--short", action="store_true")
@@ -80,6 +82,8 @@ def main() -> None:
     logging.disable_progress_bar()
     start = time.time()
     world = args.output_dir / "world"
+    if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not is_world(world):
+        sys.exit(f"error: {args.output_dir} holds something else than an earlier demo; name a new folder")
     print(f"drawing the world into {world}", flush=True)
     build(world, seed=args.seed)
     train_all(args.output_dir, world, args.seed, args.short, args.clip)

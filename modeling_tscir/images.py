@@ -23,6 +23,8 @@ EXTENSIONS = frozenset(
 )
 # Pillow hands these to other programs (Ghostscript, the operating system), or knows that they exist and no more.
 REFUSED_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+MAX_ELONGATION = 32
+PADDED_LINE = 2048
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 2**20
 
@@ -164,18 +166,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, dtype=np.float32)
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     highest = float(values.max(initial=0))
     white = 255.0 if image.mode == "I" and highest <= 255 else 65535.0  # mode I carries 8 or 16 bits in 32
     if image.mode == "F":
         white = highest or 1.0
     grey = Image.fromarray(np.clip(values * (255.0 / white), 0, 255).round().astype(np.uint8))
     grey.info["exif"] = image.getexif().tobytes()
+    if isinstance(clear := image.info.get("transparency"), int):  # the one value of a PNG that is seen through
+        alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+        exif, grey = grey.info["exif"], Image.merge("LA", (grey, alpha))
+        grey.info["exif"] = exif
     return grey
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of a very elongated picture, up to MAX_ELONGATION times as long as wide; any other as it is.
+
+    CLIP sees the central square alone, but enlarges all of a picture first: 30,000 x 1 pixels to 6,720,000 x 224.
+    """
+    longest = MAX_ELONGATION * min(image.size)
+    width, height = (side - 2 * ((side - min(side, longest) + 1) // 2) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def pad_to_aspect_ratio(image: Image.Image, ratio: float) -> Image.Image:
     """Black added evenly to both ends of the shorter side, until the longer is at most `ratio` times as long."""
+    if max(image.size) > MAX_ELONGATION * min(image.size):  # padded, it would be huge, and a line in the end
+        share = min(1.0, PADDED_LINE / max(image.size))
+        image = image.resize([max(1, round(side * share)) for side in image.size])
     shortest = round(max(image.size) / ratio)
     width, height = max(image.width, shortest), max(image.height, shortest)
     if (width, height) == image.size:

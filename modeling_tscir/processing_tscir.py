@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
 
-from .images import ImageSource, load_image, pad_to_aspect_ratio
+from .images import ImageSource, load_image, middle, pad_to_aspect_ratio
 
 
 logger = logging.get_logger(__name__)
@@ -161,7 +161,7 @@ class TSCIRProcessor(ProcessorMixin):
         picture = load_named(image)
         if self.padded_aspect_ratio is not None:
             picture = pad_to_aspect_ratio(picture, self.padded_aspect_ratio)
-        return self.image_processor([picture], return_tensors="pt").pixel_values  # [1, 3, H, W]
+        return self.image_processor([middle(picture)], return_tensors="pt").pixel_values  # [1, 3, H, W]
 
     def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Plain texts: input_ids and attention_mask [B, L], L the longest of the batch, at most 77."""
@@ -253,15 +253,20 @@ class TSCIRProcessor(ProcessorMixin):
         else:
             places = self._cut(caption_ids, self.max_length // 2)
         fixed = 2 + len(before) + len(places) + len(between) + len(end)
+        if fixed > self.max_length:
+            raise ValueError(
+                f"prompt_template {self.prompt_template!r} with its pseudo-words is {fixed} tokens long, and the text "
+                f"encoder reads {self.max_length}; name a shorter one"
+            )
         text_ids = self._cut(text_ids, self.max_length - fixed)
         row = [self.tokenizer.bos_token_id, *before, *places, *between, *text_ids, *end, self.tokenizer.eos_token_id]
         return row, 1 + len(before)
 
     def _pieces(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text without start and end; strings of special tokens are read as ordinary text."""
-        return self.tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
+        """Ids of each text without start and end; strings of special tokens are read as ordinary text, and half a
+        surrogate, as emoji cut in two leave it, as a question mark."""
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
         if len(ids) <= room:

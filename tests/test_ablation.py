@@ -19,22 +19,11 @@ from conftest import ROOT
 from miniature.compare import CLIP, SHOWN
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "components",
-        "paper",
-        "queries",
-        "alternatives",
-        "number",
-        "quality",
-        "baselines",
-        "readout",
-        "forgetting",
-        "tasks",
-        "choices",
-    ],
-)
+GRIDS = ["components", "paper", "queries", "alternatives", "number", "quality", "baselines", "readout", "forgetting",
+         "tasks", "choices"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRIDS)
 def test_the_stored_grids_are_understood(name):
     grid = Grid.read(ROOT / f"eval/ablation/{name}.yaml")
     assert len(grid.seeds) == 5 and len(grid.claims) > 1
@@ -82,6 +71,12 @@ def test_mixtures_are_of_the_number_and_quality_asked_for(tmp_path):
         ({"queries": {"weights": 0.2}}, "known are residual, weight, dtype, not weights"),
         ({"runs": {"a": {"stage1": "full", "weight": "a"}}}, "run 'a': weight is a number"),
         ({"queries": {"dtype": "float16"}}, "queries: dtype is float32 or bfloat16, not 'float16'"),
+        (
+            {"runs": {"w -1": {"stage1": "full"}, "w 1": {"stage1": "full"}}},
+            r"runs: \['w -1', 'w 1'\] would share",
+        ),
+        ({"stage1": {"Full": {}, "full": {}}}, r"stage1: \['Full', 'full'\] would share their files, full"),
+        ({"measure": "readout", "claims": {"c": ["a", "a", MET]}}, r"claim 'c': .* is none of"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, change, message):
@@ -98,6 +93,41 @@ GRID = Grid(
           "other": {"stage1": "plain", "stage2": {"lora_rank": 2}}},
     claims={"stage II helps": ["whole", "alone"], "injection helps": ["whole", "other"]},
 )  # fmt: skip
+
+
+def test_numbers_that_yaml_takes_for_texts_are_numbers(tmp_path):
+    content = (
+        "seeds: [0]\nstage1: {full: {learning_rate: 1e-4}}\nstage2: {weight_decay: 1e-3, mixed_precision: bf16}\n"
+    )
+    content += "runs: {a: {stage1: full, stage2: {learning_rate: 2e-4}}}\nclaims: {}\n"
+    (tmp_path / "grid.yaml").write_text(content, "utf-8")
+    grid = Grid.read(tmp_path / "grid.yaml")
+    assert grid.stage1["full"] == {"learning_rate": 1e-4} and grid.runs["a"]["stage2"] == {"learning_rate": 2e-4}
+    assert grid.stage2 == {"weight_decay": 1e-3, "mixed_precision": "bf16"}
+
+
+def test_results_of_another_run_are_not_taken_for_this_ones(tmp_path):
+    runner = Runner(tmp_path, tmp_path / "results", 1, [])
+    runner.settle(GRID)
+    runner.settle(GRID.only(["other"]))
+    changes = ({"queries": {"weight": 0.5}}, {"stage2": {"gce_q": 0}}, {"measure": "tasks"},
+               {"stage1": GRID.stage1 | {"full": {"max_steps": 3}}},
+               {"runs": GRID.runs | {"whole": {"method": "sum", "weight": 0.1}}})  # fmt: skip
+    for change in changes:
+        with pytest.raises(
+            ValueError, match="has results of a run '(alone|whole)' that was .* and is .* now; name an"
+        ):
+            runner.settle(replace(GRID, **change))
+    runner.settle(replace(GRID, runs=GRID.runs | {"new": {"method": "sum", "weight": 0.1}}))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_stored_results_are_of_the_stored_grids(name, tmp_path):
+    folder = ROOT / "eval/ablation" / name
+    if folder.is_dir():
+        shutil.copy(folder / "runs.json", tmp_path / "runs.json")
+        Runner(tmp_path, tmp_path, 1, []).settle(Grid.read(folder.with_suffix(".yaml")))
+        assert (tmp_path / "runs.json").read_bytes() == (folder / "runs.json").read_bytes()
 
 
 def test_some_runs_of_a_grid_bring_their_claims():
@@ -119,7 +149,11 @@ def test_runs_share_stage_one_and_what_is_there_is_not_done_again(tmp_path, monk
             folder = command[command.index("--output_dir") + 1]
             folder.mkdir(parents=True)
             flags = dict(zip(command[2::2], command[3::2], strict=False))
-            given = {k: int(flags[f"--{k}"]) for k in ("lora_rank", "num_injection_blocks") if f"--{k}" in flags}
+            given = {
+                k: int(flags[f"--{k}"])
+                for k in ("lora_rank", "num_injection_blocks", "max_steps")
+                if f"--{k}" in flags
+            }
             (folder / "training_arguments.json").write_text(json.dumps(given), "utf-8")
 
     monkeypatch.setattr(Runner, "_call", call)
@@ -237,7 +271,7 @@ def test_the_report_tells_effects_as_they_are(tmp_path):
     strength = {"alone": 0.2, "whole": 0.6, "other": 0.6}
     frames = []
     for run, share in strength.items():
-        for seed in GRID.seeds:
+        for seed in range(5):
             for metric in SHOWN:
                 value = (rng.random(300) < share).astype(float)
                 cluster = [f"c{i // 2}" for i in range(300)]
@@ -249,7 +283,7 @@ def test_the_report_tells_effects_as_they_are(tmp_path):
     table = pd.concat(frames, ignore_index=True)
     claimed = GRID.claims | {"new kinds are found": ["whole", "other", NEW_KIND]}
     tidy, claims, details = summarise(table, claimed, MEASURES["retrieval"])
-    assert len(tidy) == 3 * 2 * len(SHOWN) and set(tidy["queries"]) == {300}
+    assert len(tidy) == 3 * 5 * len(SHOWN) and set(tidy["queries"]) == {300}
     assert [claim["verdict"] for claim in claims] == ["holds", "cannot be told", "holds"]
     assert claims[2]["effect"] == pytest.approx(0.6, abs=0.1) and abs(claims[1]["effect"]) < 0.05
     assert claims[0]["effect"] == pytest.approx(0.4, abs=0.05) and claims[0]["ci_low"] > 0.3
@@ -339,6 +373,6 @@ def test_a_small_grid_from_beginning_to_end(tmp_path, monkeypatch, capsys):
     flags = ["--config", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--max_steps", 2]
     monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, flags)])
     ablation.main()
-    assert "| adapters help |" in (tmp_path / "out/results/short/val/report.md").read_text("utf-8")
-    table = pd.read_csv(tmp_path / "out/results/short/val/table.csv")
+    assert "| adapters help |" in (tmp_path / "out/results/grid/short/val/report.md").read_text("utf-8")
+    table = pd.read_csv(tmp_path / "out/results/grid/short/val/table.csv")
     assert set(table["run"]) == {"alone", "TSCIR"} and table["queries"].min() > 4000

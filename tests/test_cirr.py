@@ -213,3 +213,31 @@ def test_real_test_split_gives_submissions_that_the_server_takes(monkeypatch):
     files = cirr.submissions(split, rank(split, queries, gallery))
     assert {len(content) for content in files.values()} == {4150}
     assert max(len(json.dumps(content)) for content in files.values()) <= 5 * 10**6
+
+
+def test_short_lists_that_lost_a_wrong_answer_are_told(run_script, folder, model_dir, capsys):
+    """Easier for it, they are not the benchmark's."""
+    (folder / "dev/val-5.png").write_bytes(b"")  # neither a reference nor a target
+    flags = ["--model_name_or_path", model_dir, "--data_dir", folder, "--on_bad_image", "skip"]
+    results, _ = run_script(cirr.CIRR, *flags)
+    records = json.loads((folder / "cirr/captions/cap.rc2.val.json").read_text("utf-8"))
+    shorter = sum("val-5" in record["img_set"]["members"] for record in records)
+    assert results["skipped_queries"] == 0 and results["queries_with_shorter_lists"] == shorter > 0
+    assert f"{shorter} queries have fewer wrong candidates for it" in capsys.readouterr().out
+
+
+def test_a_prompt_is_recorded_where_there_is_one(run_script, folder, model_dir):
+    flags = ["--model_name_or_path", model_dir, "--data_dir", folder]
+    results, _ = run_script(cirr.CIRR, *flags, "--prompt_template", "{image}, {text}")
+    assert results["protocol"]["prompt_template"] == "{image}, {text}"
+    results, _ = run_script(cirr.CIRR, *flags, "--method", "sum")
+    assert results["protocol"]["prompt_template"] is None
+    with pytest.raises(SystemExit):
+        run_script(cirr.CIRR, *flags, "--method", "sum", "--prompt_template", "{image}, {text}")
+
+
+def test_a_path_that_is_none_is_named(folder, run_script, model_dir):
+    path = folder / "cirr/image_splits/split.rc2.val.json"
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"val-0": 7}), "utf-8")
+    with pytest.raises(SystemExit, match=r"split\.rc2\.val\.json has 'val-0' = 7, which is no str"):
+        run_script(cirr.CIRR, "--model_name_or_path", model_dir, "--data_dir", folder)

@@ -93,6 +93,8 @@ def test_a_picture_that_cannot_be_cut_out_is_named_or_skipped(folder, run_script
         run_script(genecis.GENECIS, *flags)
     results, _ = run_script(genecis.GENECIS, *flags, "--on_bad_image", "skip")
     assert results["skipped_images"] == ["6 10 5 14 12"] * 2 and results["genecis_num_queries"] == 8
+    for box in ([10, 10, 0.1, 0.1], [199.9, 99.9, 0.1, 0.1]):  # of less than a pixel
+        assert genecis.cut_out(Image.new("RGB", (200, 100)), box).size == (1, 1)
     with pytest.raises(ValueError, match="lies outside the picture of 200 x 100"):
         genecis.cut_out(Image.new("RGB", (200, 100)), [300, 5, 10, 10])
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_tscir.images import BadImagesError, find_bad_images, handle_bad_images, list_images, load_image
+from modeling_tscir.images import (
+    BadImagesError,
+    find_bad_images,
+    handle_bad_images,
+    list_images,
+    load_image,
+    middle,
+    pad_to_aspect_ratio,
+)
 
 
 @pytest.fixture
@@ -145,3 +153,28 @@ def test_folders(picture_folder, tmp_path):
         list_images(tmp_path / "none")
     with pytest.raises(ValueError, match="not a folder"):
         list_images(tmp_path / "gone")
+
+
+def test_numbers_that_are_none_are_black(tmp_path):
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    values[3, 3], values[4, 4] = np.nan, np.inf
+    Image.fromarray(values).save(tmp_path / "float.tiff")
+    grey = np.asarray(load_image(tmp_path / "float.tiff"))[..., 0]
+    assert grey[3, 3] == grey[4, 4] == 0 and grey[7, 7] == 255 and 120 < grey.mean() < 130
+
+
+def test_sixteen_bits_are_seen_through_where_they_say_so(tmp_path):
+    values = np.full((8, 8), 30000, dtype=np.uint16)
+    values[0, 0] = 5
+    Image.fromarray(values).save(tmp_path / "clear.png", transparency=5)
+    seen = np.asarray(load_image(tmp_path / "clear.png"))
+    assert (seen[0, 0] == 255).all() and (seen[4, 4] == 117).all()
+
+
+@pytest.mark.parametrize("size", [(30_000, 1), (3, 9001), (320, 10), (33, 2000)])
+def test_only_the_middle_of_a_very_elongated_picture_is_enlarged(size):
+    image = Image.new("RGB", size)
+    found = middle(image)
+    short, long = sorted(found.size)
+    assert short == min(size) and 30 * short <= long <= 32 * short and (max(size) - long) % 2 == 0
+    assert max(pad_to_aspect_ratio(image, 1.25).size) <= max(2048, 33 * min(size))

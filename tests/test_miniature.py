@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 from miniature import build as build_module
-from miniature import summarise
+from miniature import demo, summarise
 from miniature.compare import SHOWN, read_benchmark
 from miniature.garment_language import GARMENT_WORDINGS, garment_caption, garment_clause
 from miniature.garments import CATEGORIES
@@ -263,3 +263,14 @@ def test_seeds_are_averaged_and_compared_in_pairs(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", ["summarise", str(tmp_path / "2")])
     with pytest.raises(FileNotFoundError, match="miniature.demo"):
         summarise.main()
+
+
+def test_folders_of_something_else_are_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.tex").write_text("mine", "utf-8")
+    with pytest.raises(ValueError, match="work is no world of the miniature's, and would be removed"):
+        build_module.build(tmp_path / "work", [])
+    monkeypatch.setattr("sys.argv", ["demo.py", "--output_dir", str(tmp_path / "work")])
+    with pytest.raises(SystemExit, match="work holds something else than an earlier demo"):
+        demo.main()
+    assert (tmp_path / "work/thesis.tex").read_text("utf-8") == "mine"

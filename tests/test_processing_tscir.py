@@ -142,3 +142,21 @@ def test_every_real_caption_fits_or_is_cut(real_processor):
         assert batch["input_ids"].shape[1] <= 77
         assert (batch["pseudo_mask"].sum(1) == 1).all()
         assert ((batch["input_ids"] == end) & (batch["attention_mask"] == 1)).sum(1).eq(1).all()
+
+
+def test_half_a_surrogate_is_a_question_mark(processor):
+    """As JSON has it where a text was cut within an emoji."""
+    cut, plain = processor.compose(["red \ud83d", "red"]), processor.compose(["red ?", "red"])
+    assert torch.equal(cut["input_ids"], plain["input_ids"])
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(clip_dir):
+    long = "a " * 90 + "{image} {text}"
+    processor = TSCIRProcessor.from_clip_pretrained(clip_dir, prompt_template=long)
+    with pytest.raises(ValueError, match="with its pseudo-words is 9. tokens long, and the text encoder reads 77"):
+        processor.compose(["red"])
+
+
+def test_a_line_of_a_picture_is_one_square(processor):
+    line = Image.new("RGB", (30_000, 1), (255, 0, 0))
+    assert processor.pixel_values([line]).shape == processor.pixel_values([Image.new("RGB", (9, 9))]).shape

@@ -62,3 +62,11 @@ def test_data_is_checked_without_a_model(data, capsys):
     (data / "FashionIQ/images/shirt2.png").write_bytes(b"")
     with pytest.raises(SystemExit, match=r"(?s)cirr: .*val-2.*fashioniq: .*dress dress2.*shirt shirt2"):
         run_all.main(["--data_dir", str(data), "--check_data"])
+
+
+def test_a_run_that_fails_leaves_no_table_of_another(data, model_dir):
+    run(data, model_dir, "--benchmarks", "cirr")
+    (data / "CIRR/dev/val-2.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        run(data, model_dir, "--benchmarks", "cirr", "--method", "text")
+    assert not (data / "out/table.md").exists() and not (data / "out/results.json").exists()
