@@ -138,6 +138,23 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_tensors(
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+def test_a_signal_to_one_process_ends_both_with_a_checkpoint(clip_dir, data, tmp_path):
+    """As it may come to one a step before the other."""
+    command = [ROOT / "train/stage1.py", "--model_name_or_path", clip_dir, "--dataset_name", data / "captions"]
+    command += ["--output_dir", tmp_path / "cut", "--per_device_train_batch_size", 4, "--max_steps", 3000]
+    command += ["--save_steps", 0, "--logging_steps", 1]
+    with subprocess.Popen(**torchrun(2, *command), stderr=subprocess.PIPE, start_new_session=True) as process:
+        for line in process.stderr:
+            if "step 3 " in line:
+                workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("ascii").split()
+                os.kill(int(workers[-1]), signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        process.wait(timeout=60)
+    (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
+    assert process.returncode != 0 and int(checkpoint.name.split("-")[1]) < 3000, rest[-2000:]
+
+
 @pytest.mark.slow
 def test_two_processes_resume_stage_two_with_what_each_has_mined(data, stage1, processor, tmp_path):
     stage1.save_pretrained(tmp_path / "stage1", backbone="reference")

@@ -157,7 +157,7 @@ def train(
         if progress.step > total:  # as of a checkpoint from before arguments were kept in it
             raise ValueError(f"{folder} is at step {progress.step}, beyond the {total} steps of this run")
         accelerator.print(f"resumed from {folder} at step {progress.step}")
-    interrupted = Interrupt()
+    interrupt, stop = Interrupt(accelerator), False
     bar = tqdm(
         total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=f"stage {model.config.stage}"
     )
@@ -165,7 +165,7 @@ def train(
     model.train()
     micro_step = 0
     stream = batches.from_step(progress.step)
-    while progress.step < total and not interrupted:
+    while progress.step < total and not stop:
         if before_step is not None and micro_step == 0:
             with accelerator.autocast():
                 log.add(before_step(progress.step) or {})
@@ -196,10 +196,11 @@ def train(
                     write_record(folder, settings, accelerator, progress)
         if args.save_steps and progress.step % args.save_steps == 0 and progress.step < total:
             save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
+        stop = interrupt.came_to_any(progress.step)
     stream.close()  # its workers end
     bar.close()
-    interrupted.restore()
-    if interrupted and progress.step < total:
+    interrupt.restore()
+    if stop and progress.step < total:
         folder = save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
         accelerator.print(f"interrupted at step {progress.step}; go on with --resume_from_checkpoint {folder}")
         sys.exit(130)
@@ -247,10 +248,10 @@ def previous_stage(folder: str) -> dict:
 
 
 class Interrupt:
-    """True once Ctrl-C or SIGTERM came; a second Ctrl-C stops at once."""
+    """Ctrl-C or SIGTERM ends the run behind a step; a second Ctrl-C stops at once."""
 
-    def __init__(self):
-        self.came = False
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.came = accelerator, False
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number, frame):
@@ -261,8 +262,15 @@ class Interrupt:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def __bool__(self) -> bool:
-        return self.came
+    def came_to_any(self, step: int) -> bool:
+        """Whether it came to any process: the same in all, so that none waits for one that has left the loop. Several
+        ask each other every tenth step, as they wait for their devices to do so."""
+        if self.accelerator.num_processes == 1:
+            return self.came
+        if step % 10:
+            return False
+        came = torch.tensor(float(self.came), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(came, "sum").item())
 
 
 class Log:
