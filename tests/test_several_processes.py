@@ -149,8 +149,12 @@ def test_a_signal_to_one_process_ends_both_with_a_checkpoint(clip_dir, data, tmp
                 workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("ascii").split()
                 os.kill(int(workers[-1]), signal.SIGINT)
                 break
-        rest = process.stderr.read()
-        process.wait(timeout=60)
+        try:
+            rest = process.communicate(timeout=120)[1]
+        except subprocess.TimeoutExpired:
+            for pid in [process.pid, *descendants(process.pid)]:
+                os.kill(pid, signal.SIGKILL)
+            raise
     (checkpoint,) = (tmp_path / "cut").glob("checkpoint-*")
     assert process.returncode != 0 and int(checkpoint.name.split("-")[1]) < 3000, rest[-2000:]
 
