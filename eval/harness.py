@@ -345,7 +345,7 @@ def describe_run(
 def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, float | None, float]:
     """The method, weight and residual that a run uses, where the model or nothing said which."""
     if args.method == "tscir" and model.config.stage == 0:
-        if not args.weight is args.residual is args.prompt_template is None:
+        if any(value is not None for value in (args.weight, args.residual, args.prompt_template)):
             raise ValueError("this is a plain CLIP without a mapper; name a training-free method, as --method slerp")
         logger.warning("A plain CLIP without a mapper: answering training-free, by --method slerp.")
         return "slerp", model.config.training_free_weight, 0.0
