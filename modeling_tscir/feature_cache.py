@@ -71,7 +71,7 @@ def picture_name(picture: dict) -> str:
 def pictures_digest(pictures: Iterable[dict]) -> str:
     """Of many such pictures; files count with their size and time of change."""
     named = ((picture_name(picture), picture["bytes"] is None) for picture in pictures)
-    return digest([file_fingerprints([(name,)]) if a_file and os.path.exists(name) else name for name, a_file in named])
+    return digest([file_fingerprints([(n,)]) if a_file and os.path.exists(n) else n for n, a_file in named])
 
 
 def is_cached(folder: str | os.PathLike, key: str) -> bool:
