@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -120,6 +121,19 @@ def stage1_folder(stage1, processor, tmp_path):
     stage1.save_pretrained(tmp_path / "given", backbone="reference")
     processor.save_pretrained(tmp_path / "given")
     return tmp_path / "given"
+
+
+def test_choices_that_a_folder_keeps_are_told(launch, stage1, processor, tmp_path, capsys):
+    """As defaults may have changed since stage I was trained."""
+    stage1.config.mined_negative_weight, stage1.config.gce_q = 1.0, 0.0
+    stage1.save_pretrained(tmp_path / "given", backbone="reference")
+    processor.save_pretrained(tmp_path / "given")
+    flags = ["--max_steps", 1, "--gce_q", 0.5]
+    launch(stage2_script, tmp_path / "given", tmp_path / "a", *flags)
+    told = re.search("given keeps {(.*)}, other than today's defaults; flags change them", capsys.readouterr().out)[1]
+    assert "'mined_negative_weight': 1.0" in told and "gce_q" not in told
+    launch(stage2_script, tmp_path / "given", tmp_path / "b", *flags, "--mined_negative_weight", 1)
+    assert "mined_negative_weight" not in capsys.readouterr().out
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -22,7 +22,7 @@ from mining import Miner
 from rows import RowBatches, hold_out, in_batches, load_rows, load_source
 from validation import Validation
 
-from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir import TSCIRConfig, TSCIRModel, TSCIRProcessor
 from modeling_tscir.backbone import fingerprint_of_tensors
 from modeling_tscir.embedding import embed_images, embed_references, embed_texts
 from modeling_tscir.feature_cache import cached, feature_key, picture_name, pictures_digest
@@ -244,6 +244,11 @@ def main() -> None:
             raise ValueError(f"{data.model_name_or_path} has adapters of {name} {getattr(model.config, name)} already")
         setattr(model.config, name, value)
     model.config.validate_choices()
+    defaults, told = TSCIRConfig(), args.choices()
+    choices = [name for name in vars(args) if name not in told and hasattr(defaults, name)]
+    kept = {name: v for name in choices if (v := getattr(model.config, name)) != getattr(defaults, name)}
+    if kept:
+        accelerator.print(f"{data.model_name_or_path} keeps {kept}, other than today's defaults; flags change them")
     if model.config.stage == 2:
         accelerator.print(f"{data.model_name_or_path} has composing adapters already; training goes on with them")
     else:
