@@ -225,3 +225,14 @@ def launch(monkeypatch, data):
         return load_file(Path(output) / "tscir_delta.safetensors")
 
     return run
+
+
+@pytest.fixture
+def stage1_folder(stage1, processor, tmp_path):
+    stage1.save_pretrained(tmp_path / "given", backbone="reference")
+    processor.save_pretrained(tmp_path / "given")
+    return tmp_path / "given"
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,102 @@
+"""What training holds of its data: frozen features, kept between runs, and what tells rows apart."""
+
+import stage1 as stage1_script
+import stage2 as stage2_script
+import torch
+from arguments import DataArguments
+from conftest import noise, same
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from rows import hold_out
+from safetensors.torch import load_file
+
+from modeling_tscir import TSCIRConfig, TSCIRModel, TSCIRProcessor
+
+
+def test_frozen_features_are_shared_between_runs(launch, clip_dir, tmp_path, monkeypatch):
+    embedded = []
+    for name in ("embed_images", "embed_images_with_patches", "embed_texts"):
+        function = getattr(stage1_script, name)
+        monkeypatch.setattr(
+            stage1_script,
+            name,
+            lambda *args, function=function, name=name, **kwargs: embedded.append(name) or function(*args, **kwargs),
+        )
+    plain = ["--num_injection_blocks", 0, "--soft_alignment_weight", 0, "--max_steps", 3]
+    cache = ["--feature_cache_dir", tmp_path / "cache"]
+    launch(stage1_script, clip_dir, tmp_path / "alone", *plain)
+    assert embedded == ["embed_images", "embed_texts"]
+    launch(stage1_script, clip_dir, tmp_path / "full", "--max_steps", 1, *cache)
+    assert embedded[2:] == ["embed_images_with_patches", "embed_texts"]
+    launch(stage1_script, clip_dir, tmp_path / "shared", *plain, *cache)
+    assert len(embedded) == 4
+    alone, shared = (load_file(tmp_path / name / "tscir_delta.safetensors") for name in ("alone", "shared"))
+    assert all(torch.equal(alone[key], shared[key]) for key in alone)
+
+
+def test_triplets_are_embedded_once_for_several_runs(launch, stage1_folder, tmp_path, monkeypatch):
+    embedded = []
+    for name in ("embed_images", "embed_references"):
+        function = getattr(stage2_script, name)
+        monkeypatch.setattr(
+            stage2_script,
+            name,
+            lambda *args, function=function, name=name, **kwargs: embedded.append(name) or function(*args, **kwargs),
+        )
+    flags = ["--max_steps", 2, "--feature_cache_dir", tmp_path / "cache", "--residual", 0, "--composed_weight", 0.1]
+    tensors = [launch(stage2_script, stage1_folder, tmp_path / name, *flags) for name in ("a", "b")]
+    assert embedded == ["embed_references", "embed_images"] and same(*tensors)
+    config = TSCIRConfig.from_pretrained(tmp_path / "a")
+    assert (config.residual, config.composed_weight) == (0, 0.1)  # what its queries are to be made of
+    launch(stage2_script, stage1_folder, tmp_path / "c", "--max_steps", 1)
+    assert len(embedded) == 4
+    # Another mapper on the same backbone has the same targets and pseudo-words of its own.
+    other = TSCIRModel.from_pretrained(stage1_folder)
+    torch.nn.init.normal_(next(other.mapper.parameters()))
+    other.save_pretrained(tmp_path / "other", backbone="reference")
+    TSCIRProcessor.from_pretrained(stage1_folder).save_pretrained(tmp_path / "other")
+    of_other = launch(stage2_script, tmp_path / "other", tmp_path / "d", *flags)
+    assert embedded[4:] == ["embed_references"] and not same(of_other, tensors[0])
+
+
+def test_a_picture_that_changed_is_embedded_again(stage1, processor, tmp_path):
+    """Triplets may name their pictures by path, and then nothing of the dataset changes with them."""
+    files = [tmp_path / f"{number}.png" for number in range(4)]
+    for number, file in enumerate(files):
+        noise(number).save(file)
+    features = Features({"reference": ImageFeature(), "modification": Value("string"), "target": ImageFeature()})
+    pairs = {
+        "reference": [str(f) for f in files[:2]],
+        "target": [str(f) for f in files[2:]],
+        "modification": ["a", "b"],
+    }
+    rows = Dataset.from_dict(pairs, features=features)
+    rows = rows.cast_column("reference", ImageFeature(decode=False)).cast_column("target", ImageFeature(decode=False))
+    cache = DataArguments(feature_cache_dir=str(tmp_path / "cache"))
+    arguments = stage2_script.Stage2Arguments()
+    before = stage2_script.Stage2Data(rows, stage1, processor, cache, arguments)
+    noise(7).save(files[0])
+    noise(8).save(files[3])
+    after = stage2_script.Stage2Data(rows, stage1, processor, cache, arguments)
+    true = stage2_script.Stage2Data(rows, stage1, processor, DataArguments(), arguments)
+    for name in ("reference_embeds", "pseudo_words", "target_embeds"):
+        assert torch.equal(getattr(after, name), getattr(true, name))
+        assert not torch.equal(getattr(after, name), getattr(before, name))
+
+
+def test_rows_without_an_id_are_told_by_their_picture(pictures):
+    def png(number: int) -> dict:
+        return {"bytes": bytes([number]) * 9, "path": f"{number}.png"}
+
+    columns = {"reference": [png(n) for n in (1, 2, 1, 3, 2, 1)], "reference_id": ["a", None, "a", None, None, None]}
+    features = Features({"reference": ImageFeature(decode=False), "reference_id": Value("string")})
+    rows = Dataset.from_dict(columns, features=features)
+    arguments = stage2_script.Stage2Arguments()
+    assert stage2_script.first_of_each(stage2_script.group_names(rows, arguments)) == [0, 1, 0, 3, 1, 5]
+    rows = rows.remove_columns("reference_id")
+    names = stage2_script.group_names(rows, arguments)
+    assert stage2_script.first_of_each(names) == [0, 1, 0, 3, 1, 0]
+    kept, held = hold_out(rows, 2, seed=0, groups=names)
+    assert not {p["path"] for p in kept["reference"]} & {p["path"] for p in held["reference"]}
+    texts = Dataset.from_dict({"reference_caption": ["x", "y", "x"]})
+    assert stage2_script.first_of_each(stage2_script.group_names(texts, arguments)) == [0, 1, 0]
