@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,7 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor  # noqa: E402
 from modeling_tscir.backbone import backbone_fingerprint  # noqa: E402
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POOL = 30_000  # triplets of either quality, of which mixtures take the first
 COLUMNS = ("reference", "modification", "target", "source", "quality", "reference_id", "target_id")
 FILE = "train-00000-of-00001.parquet"
@@ -82,7 +84,7 @@ def clip_folder(output: Path) -> Path:
 
 def plain_clip(output: Path) -> tuple[TSCIRModel, TSCIRProcessor]:
     folder = clip_folder(output)
-    return TSCIRModel.from_clip_pretrained(folder), TSCIRProcessor.from_clip_pretrained(folder)
+    return TSCIRModel.from_clip_pretrained(folder).to(DEVICE), TSCIRProcessor.from_clip_pretrained(folder)
 
 
 def settle_clip(output: Path, results: Path, clip: Path | None) -> str:

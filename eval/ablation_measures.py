@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from ablation_data import plain_clip  # and puts the project's folder on the path
+from ablation_data import DEVICE, plain_clip  # and puts the project's folder on the path
 from combiner import fit_combiner
 from datasets import Image, load_dataset
 from harness import compose, embed_pictures, rank
@@ -97,17 +97,17 @@ def reference_patches(output: Path, clip: tuple[TSCIRModel, TSCIRProcessor], par
 
 @torch.no_grad()
 def pseudo_words(model: TSCIRModel, embeds: torch.Tensor, patches: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Pseudo-words [n, M, d_t] of pictures' v(x) [n, D] and, if the mapper reads them, P(x) [n, N, d_v]."""
-    embeds = embeds.to(model.dtype)
+    """Pseudo-words [n, M, d_t] of pictures' v(x) [n, D] and, if the mapper reads them, P(x) [n, N, d_v]; on CPU."""
+    embeds = embeds.to(model.device, model.dtype)
     if not model.mapper.needs_patches:
-        return model.get_pseudo_words(embeds)
+        return model.get_pseudo_words(embeds).cpu()
     parts = zip(embeds.split(256), patches().split(256), strict=True)
-    return torch.cat([model.get_pseudo_words(v, p.to(v.dtype)) for v, p in parts])
+    return torch.cat([model.get_pseudo_words(v, p.to(v)).cpu() for v, p in parts])
 
 
 def load_trained(folder: str, dtype: str = "float32") -> tuple[TSCIRModel, TSCIRProcessor]:
     """A trained folder, ready for many queries."""
-    model = TSCIRModel.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = TSCIRModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(DEVICE)
     model.merge_adapter()
     return model, TSCIRProcessor.from_pretrained(folder)
 
@@ -199,8 +199,8 @@ def pseudo_sentences(model: TSCIRModel, processor: TSCIRProcessor, embeds: torch
     """q(x) [N, D], what the text tower reads in "a photo of" and the pseudo-words."""
     prompt, found = processor.compose([""]), []
     for words in pseudo_words(model, embeds, lambda: patches).split(256):
-        ids, mask = (prompt[name].expand(len(words), -1) for name in ("input_ids", "pseudo_mask"))
-        found.append(model.encode_with_pseudo_words(ids, mask, words))
+        ids, mask = (prompt[name].to(model.device).expand(len(words), -1) for name in ("input_ids", "pseudo_mask"))
+        found.append(model.encode_with_pseudo_words(ids, mask, words.to(model.device)).cpu())
     return torch.cat(found)
 
 

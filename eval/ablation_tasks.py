@@ -137,7 +137,8 @@ def composed(
             contents = [[part if isinstance(part, str) else None for part in query.content] for query in batch]
             prompt = processor.compose_contents(contents)
             own = words[[row[picture] for query in batch for picture in query.pictures]]
-        found.append(model.encode_with_pseudo_words(prompt["input_ids"], prompt["pseudo_mask"], own))
+        inputs = (part.to(model.device) for part in (prompt["input_ids"], prompt["pseudo_mask"], own))
+        found.append(model.encode_with_pseudo_words(*inputs).cpu())
     return torch.cat(found)
 
 

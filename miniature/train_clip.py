@@ -175,7 +175,7 @@ def to_pixel_values(pixels: np.ndarray, processor: CLIPImageProcessorPil) -> tor
 def image_features(model: CLIPModel, pixels: np.ndarray, processor: CLIPImageProcessorPil) -> torch.Tensor:
     """L2-normalised embeddings [n, D] of pictures [n, H, W, 3]."""
     batches = (to_pixel_values(pixels[start : start + 256], processor) for start in range(0, len(pixels), 256))
-    features = [model.get_image_features(pixel_values=batch).pooler_output for batch in batches]
+    features = [model.get_image_features(pixel_values=batch.to(model.device)).pooler_output for batch in batches]
     return F.normalize(torch.cat(features).float(), dim=-1)
 
 
@@ -185,7 +185,8 @@ def text_features(model: CLIPModel, tokenizer: CLIPTokenizer, texts: list[str], 
     parts = []
     for start in range(0, len(order), rows):
         encoded = tokenizer([texts[i] for i in order[start : start + rows]], padding=True, return_tensors="pt")
-        parts.append(model.get_text_features(input_ids=encoded.input_ids).pooler_output.float())
+        ids = encoded.input_ids.to(model.device)
+        parts.append(model.get_text_features(input_ids=ids).pooler_output.float())
     return F.normalize(torch.cat(parts)[torch.tensor(order).argsort()], dim=-1)
 
 
@@ -198,7 +199,7 @@ def caption_oracle(model, tokenizer, processor, world: str) -> dict[str, float]:
     truth = [i * 9 + 1 + j for i in range(len(groups)) for j in range(4)]
     images = image_features(model, np.stack([render(s, f"{world} {i}") for i, s in enumerate(gallery)]), processor)
     texts = text_features(model, tokenizer, wanted)
-    right = ((texts @ images.T).argmax(1) == torch.tensor(truth)).float()
+    right = ((texts @ images.T).argmax(1).cpu() == torch.tensor(truth)).float()
     kinds = np.array([edit.kind for group in groups for edit in group.edits])
     return {"all": right.mean().item()} | {kind: right[kinds == kind].mean().item() for kind in sorted(set(kinds))}
 
@@ -225,6 +226,7 @@ def main() -> None:
     model = small_clip(len(tokenizer), attention)
     if args.init_from:
         model = CLIPModel.from_pretrained(args.init_from, dtype=torch.float32, attn_implementation=attention)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(tokenizer)} tokens", flush=True)
     model.vision_model.requires_grad_(not args.freeze_vision)
     model.visual_projection.requires_grad_(not args.freeze_vision)
@@ -249,9 +251,9 @@ def main() -> None:
     frozen_images = image_features(model, batches.pixels, processor) if args.freeze_vision else None
     for step in range(1, args.max_steps + 1):
         places, texts = batches.next()
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             if frozen_images is None:
-                pixels = to_pixel_values(batches.pixels[places], processor)
+                pixels = to_pixel_values(batches.pixels[places], processor).to(model.device)
                 images = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
             else:
                 images = frozen_images[places]
