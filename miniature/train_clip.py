@@ -13,9 +13,9 @@ since the language of modifications must be learned somewhere; then the text tow
 The weights are rounded to fp16 and stored once, in the package; the random draws have changed since. The val world's
 caption oracle (a picture's full caption finds it among the val gallery) is logged on the way, by kind of edit.
 
-A second CLIP, for comparison, comes from the stored one in an hour more, on sets of pictures that differ in nothing
-but shapes and places, which the stored one hardly sees; `python -m miniature.demo --clip` takes it. README's figures
-are of one that an earlier form of this pass made.
+A second CLIP, for comparison, comes from the stored one in an hour more, or six minutes on a GPU, on sets of pictures
+that differ in nothing but shapes and places, which the stored one hardly sees; `python -m miniature.demo --clip` and
+`eval/ablation.py --clip` take it.
 
     $train --output_dir runs/sharp_clip --init_from modeling_tscir/miniature_clip --num_groups 9000 --num_sets 4500 \
         --num_garments 5000 --change_share 0.4 --learning_rate 8e-4 --warmup_steps 100 --max_steps 2400 --seed 7

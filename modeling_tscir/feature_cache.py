@@ -62,6 +62,11 @@ def file_fingerprints(files: Sequence[tuple]) -> list[list]:
     return found
 
 
+def state_of(name: str) -> list | str:
+    """A file's fingerprint, or the name where there is no such file, as of an address."""
+    return file_fingerprints([(name,)]) if os.path.exists(name) else name
+
+
 def picture_name(picture: dict) -> str:
     """What equal pictures share, still encoded as `datasets` gives them: a digest of the bytes, or the path."""
     content = picture["bytes"]
@@ -71,7 +76,7 @@ def picture_name(picture: dict) -> str:
 def pictures_digest(pictures: Iterable[dict]) -> str:
     """Of many such pictures; files count with their size and time of change."""
     named = ((picture_name(picture), picture["bytes"] is None) for picture in pictures)
-    return digest([file_fingerprints([(n,)]) if a_file and os.path.exists(n) else n for n, a_file in named])
+    return digest([state_of(name) if a_file else name for name, a_file in named])
 
 
 def is_cached(folder: str | os.PathLike, key: str) -> bool:

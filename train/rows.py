@@ -14,7 +14,7 @@ from arguments import DataArguments, LoopArguments
 from datasets import Dataset, IterableDataset, load_dataset_builder
 from datasets import Image as ImageFeature
 
-from modeling_tscir.feature_cache import digest, file_fingerprints
+from modeling_tscir.feature_cache import digest, state_of
 from modeling_tscir.images import find_bad_images, handle_bad_images
 
 
@@ -43,7 +43,7 @@ def load_source(data: DataArguments, streaming: bool = False, **options) -> Data
             # datasets 5.2 keeps a stale copy of a folder whose README names configurations, as `push_to_hub` writes
             # it, and takes that of another folder of the same name. So each state of the files has a place of its own.
             files = [str(file) for split in sorted(found) for file in found[split]]
-            state = digest([file_fingerprints([(file,)]) if os.path.exists(file) else file for file in files])
+            state = digest([state_of(file) for file in files])
             options["cache_dir"] = os.path.join(datasets.config.HF_DATASETS_CACHE, state)
             builder = load_dataset_builder(what, name, **options)
         if streaming:
