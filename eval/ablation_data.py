@@ -73,6 +73,12 @@ class Mixture:
             raise ValueError(f"a mixture has 1 to {POOL} triplets, and shares between 0 and 1: {self}")
 
     @property
+    def parts(self) -> dict[str, int]:
+        """How many of each pool."""
+        templated = round(self.number * self.templated)
+        return {"edits": self.number - templated, "templates": templated}
+
+    @property
     def folder(self) -> str:
         return f"triplets-{self.number}-{self.templated:g}-{self.wrong:g}"
 
@@ -123,12 +129,13 @@ def make_data(output: Path, seeds: list[int], mixtures: set[Mixture] = frozenset
     writers: dict[Path, Callable[[Path], None]] = {output / "worlds": build_further}
     for seed in seeds:
         writers[of_seed(output, seed)] = partial(write_training_data, seed=seed)
-        if mixtures:
-            writers[output / f"pools-{seed}"] = partial(
-                write_pools, captions=of_seed(output, seed), clip=clip_folder(output), seed=seed
-            )
+        pools = output / f"pools-{seed}"
+        pool_writers = {
+            "edits": partial(write_triplets, seed=seed, further=True, number=POOL),
+            "templates": partial(write_templates, captions=of_seed(output, seed), clip=clip_folder(output), seed=seed),
+        }
         for mixture in sorted(mixtures, key=lambda m: m.folder):
-            pools = output / f"pools-{seed}"
+            writers |= {pools / pool: pool_writers[pool] for pool, number in mixture.parts.items() if number}
             writers[triplets_of(output, seed, mixture)] = partial(
                 write_mixture, pools=pools, mixture=mixture, seed=seed
             )
@@ -145,11 +152,10 @@ def write_training_data(folder: Path, seed: int) -> None:
     write_triplets(folder, seed, further=True)
 
 
-def write_pools(folder: Path, captions: Path, clip: Path, seed: int) -> None:
-    """edits/, and templates/ by train/synthesize.py from stage I's captions, paired and filtered by CLIP."""
-    write_triplets(folder / "edits", seed, further=True, number=POOL)
+def write_templates(folder: Path, captions: Path, clip: Path, seed: int) -> None:
+    """By train/synthesize.py from stage I's captions, paired and filtered by CLIP."""
     command = [sys.executable, "train/synthesize.py", "--dataset_name", captions / "captions", "--seed", seed]
-    command += ["--model_name_or_path", clip, "--num_triplets", POOL, "--output_dir", folder / "templates"]
+    command += ["--model_name_or_path", clip, "--num_triplets", POOL, "--output_dir", folder]
     done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"train/synthesize.py failed:\n{done.stderr[-2000:]}")
@@ -157,14 +163,15 @@ def write_pools(folder: Path, captions: Path, clip: Path, seed: int) -> None:
 
 def write_mixture(folder: Path, pools: Path, mixture: Mixture, seed: int) -> None:
     """Raises `ValueError` if a pool has too few."""
-    templated = round(mixture.number * mixture.templated)
     parts = []
-    for pool, wanted in (("edits", mixture.number - templated), ("templates", templated)):
+    for pool, wanted in mixture.parts.items():
+        if not wanted:
+            continue
         table = pa.concat_tables(pq.read_table(path) for path in sorted((pools / pool).rglob("*.parquet")))
         if len(table) < wanted:
             raise ValueError(f"{pools / pool} has {len(table)} triplets, and {mixture} wants {wanted}")
         parts.append(table.select(COLUMNS).slice(0, wanted))
-    table = pa.concat_tables([parts[0], parts[1].cast(parts[0].schema)])
+    table = pa.concat_tables([part.cast(parts[0].schema) for part in parts])
     rng = random.Random(f"wrong {seed}")
     rows = sorted(rng.sample(range(len(table)), round(len(table) * mixture.wrong)))
     source = list(range(len(table)))

@@ -53,6 +53,19 @@ def test_mixtures_are_of_the_number_and_quality_asked_for(tmp_path):
         ablation_data.write_mixture(tmp_path / "more", tmp_path, Mixture(number=50), seed=3)
 
 
+@pytest.mark.parametrize(("templated", "pools"), [(0, {"edits"}), (1, {"templates"}), (0.5, {"edits", "templates"})])
+def test_only_the_pools_that_mixtures_take_from_are_made(monkeypatch, tmp_path, templated, pools):
+    for what in ("build_further", "write_training_data"):
+        monkeypatch.setattr(ablation_data, what, lambda folder, **_: folder.mkdir())
+    monkeypatch.setattr(ablation_data, "write_triplets", lambda folder, **_: write_pool(folder, "edits", 40))
+    monkeypatch.setattr(ablation_data, "write_templates", lambda folder, **_: write_pool(folder, "templates", 40))
+    mixture = Mixture(number=40, templated=templated)
+    ablation_data.make_data(tmp_path, [3], {mixture})
+    assert {path.name for path in (tmp_path / "pools-3").iterdir()} == pools
+    rows = pd.read_parquet(ablation_data.triplets_of(tmp_path, 3, mixture))
+    assert len(rows) == 40 and {quality.split()[0] for quality in rows["quality"]} == pools
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
