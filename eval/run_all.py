@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmark_arguments import add_common_arguments, require_outputs
 from circo import CIRCO
 from cirr import CIRR
 from fashioniq import FASHIONIQ
 from genecis import GENECIS
-from harness import Benchmark, add_common_arguments, check_data, load_model, parse_arguments, require_outputs, run
+from harness import Benchmark, check_data, load_model, parse_arguments, run
 from results import notes
 from safetensors import SafetensorError
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_arguments import METHODS
 from conftest import DATA_DIR, needs_data, slow_rank, write_json
-from harness import METHODS, parse_arguments, rank
+from harness import parse_arguments, rank
 from splits import Split
 
 

@@ -8,7 +8,7 @@ import runpy
 import shlex
 import shutil
 
-import harness
+import benchmark_arguments
 import numpy as np
 import pandas as pd
 import pytest
@@ -129,7 +129,7 @@ def test_the_readmes_way_from_training_to_publishing(place, data, cirr_folder, m
     assert [len(trained), len(evaluated), len(published)] == [2, 1, 2]
     assert command_lines("README.md", "python train/publish.py") == published[1:]
     monkeypatch.setenv("XDG_CACHE_HOME", str(place))
-    monkeypatch.setattr(harness, "DEFAULT_CACHE", place / "cache")
+    monkeypatch.setattr(benchmark_arguments, "DEFAULT_CACHE", place / "cache")
     for command, more in (
         (trained[0][2:], few),
         (trained[1][2:], few),
