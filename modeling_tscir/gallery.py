@@ -31,7 +31,7 @@ from .gallery_rows import Rows
 from .gallery_search import SearchMixin
 from .gallery_writing import WritingMixin
 from .images import load_image
-from .metadata import tidy
+from .metadata import from_arrow
 from .shards import (
     SCHEMA,
     GalleryError,
@@ -278,8 +278,7 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
         if self._metadata is None:
             path = self.folder / "metadata.arrow"
             try:
-                frame = read_stream(path).to_pandas().set_index("id")
-                self._metadata = tidy(frame, str(path))
+                self._metadata = from_arrow(read_stream(path), str(path))
             except FileNotFoundError:
                 self._metadata = pd.DataFrame(index=pd.Index([], name="id"))
             except (OSError, KeyError, pa.ArrowInvalid) as error:

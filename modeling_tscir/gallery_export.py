@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from .gallery import DTYPES, FORMAT, Gallery
-from .metadata import tidy, to_arrow
+from .metadata import from_arrow, to_arrow
 from .shards import SCHEMA, GalleryError, write_json, write_shard
 
 
@@ -80,5 +80,5 @@ def from_parquet(path: str | os.PathLike, folder: str | os.PathLike) -> Gallery:
     gallery = Gallery(folder)
     others = [name for name in file.schema_arrow.names if name not in (*SCHEMA.names, "embedding")]
     if others:
-        gallery.set_metadata(tidy(file.read(["id", *others]).to_pandas().set_index("id"), str(path)))
+        gallery.set_metadata(from_arrow(file.read(["id", *others]), str(path)))
     return gallery

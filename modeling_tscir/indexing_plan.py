@@ -25,6 +25,7 @@ class Report:
         other_files: files that are no pictures by their names, by extension.
         metadata_rows: rows of metadata that were read.
         metadata_without_picture: ids of metadata rows whose picture is not in the gallery.
+        columns_left_out: those of a dataset that hold pictures, sound or bytes, and so are no metadata.
     """
 
     added: int = 0
@@ -37,6 +38,7 @@ class Report:
     other_files: dict[str, int] = field(default_factory=dict)
     metadata_rows: int | None = None
     metadata_without_picture: list[str] = field(default_factory=list)
+    columns_left_out: list[str] = field(default_factory=list)
 
     def sentences(self) -> list[str]:
         """The report for people, a line each."""
@@ -51,6 +53,8 @@ class Report:
             )
         if self.metadata_rows is not None:
             lines.append(f"{self.metadata_rows} rows of metadata.")
+        if self.columns_left_out:
+            lines.append(f"Not metadata, as they hold pictures, sound or bytes: {', '.join(self.columns_left_out)}.")
         if self.other_files:
             kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in self.other_files.items())
             lines.append(f"{sum(self.other_files.values())} other files were not looked at: {kinds}.")
@@ -88,7 +92,7 @@ class Plan:
         moved: ids whose files are unchanged at another path.
         metadata: by id, or None; it replaces that of `described`.
         unchanged: how many files are as they were.
-        unreadable, linked, other_files: as in `Report`, of what was met in the folder.
+        unreadable, linked, other_files, columns_left_out: as in `Report`, of what was met.
     """
 
     todo: FileList | DatasetRows
@@ -101,6 +105,7 @@ class Plan:
     unreadable: list[dict[str, str]] = field(default_factory=list)
     linked: list[str] = field(default_factory=list)
     other_files: dict[str, int] = field(default_factory=dict)
+    columns_left_out: list[str] = field(default_factory=list)
 
     def report(self, gallery: Gallery, same: list[str], unreadable: list[dict[str, str]]) -> Report:
         """`gallery` as it was before; `same` and `unreadable` as they were met while reading."""
@@ -115,6 +120,7 @@ class Plan:
             unreadable=sorted(self.unreadable + unreadable, key=lambda bad: bad["id"]),
             linked=self.linked,
             other_files=self.other_files,
+            columns_left_out=self.columns_left_out,
             metadata_rows=None if self.metadata is None else len(self.metadata),
         )
 
@@ -192,6 +198,19 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     if files:
         raise GalleryError(f"{gallery} holds {files[0]!r} already ({len(files)} ids of files); use another prefix")
     others = [c for c in rows.column_names if c not in (image_column, id_column)]
-    frame = tidy(rows.select_columns(others).to_pandas().set_axis(ids), "the dataset") if others else None
+    left_out = [c for c in others if holds_bytes(rows.features[c])]
+    described = [c for c in others if c not in left_out]
+    frame = None
+    if described:
+        table = rows.select_columns(described).with_format("arrow")[:]
+        frame = tidy(table.to_pandas(integer_object_nulls=True).set_axis(ids), "the dataset")
     pictures = rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
-    return Plan(DatasetRows(pictures, image_column, ids), len(there), metadata=frame)
+    rows = DatasetRows(pictures, image_column, ids)
+    return Plan(rows, len(there), metadata=frame, columns_left_out=left_out)
+
+
+def holds_bytes(feature) -> bool:
+    """Whether a dataset's column holds pictures, sound, videos or bytes, or lists of them."""
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    return hasattr(feature, "decode") or "binary" in str(getattr(feature, "dtype", ""))

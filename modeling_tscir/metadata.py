@@ -18,6 +18,9 @@ RESERVED = frozenset(
     ("id", "path", "size", "mtime_ns", "content", "picture", "embedding", "score", "duplicates", "metadata", "image")
 )
 OPERATORS = ("=", "!=", "<", "<=", ">", ">=", "in", "not in")
+PLAIN = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean)
+# As floats, which pandas makes of whole numbers that lack one, long ones would be others.
+NULLABLE = {pa.int64(): pd.Int64Dtype(), pa.uint64(): pd.UInt64Dtype(), pa.string(): pd.StringDtype()}
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 Where = Mapping[str, object] | Sequence[tuple[str, str, object]]
 
@@ -44,8 +47,8 @@ def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, pref
     if path is None:
         return None
     read = {
-        ".csv": lambda p: pd.read_csv(p, keep_default_na=False, na_values=[""]),
-        ".parquet": pd.read_parquet,
+        ".csv": read_csv,
+        ".parquet": lambda p: pd.read_parquet(p, dtype_backend="numpy_nullable"),
         ".jsonl": read_json_lines,
     }
     if path.suffix not in read:
@@ -63,6 +66,12 @@ def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, pref
     return tidy(frame.set_axis(names), str(path))
 
 
+def read_csv(path: Path) -> pd.DataFrame:
+    """A column is of one kind in all of a long file, and whole numbers beside missing ones stay whole."""
+    options = {"keep_default_na": False, "na_values": [""], "dtype_backend": "numpy_nullable"}
+    return pd.read_csv(path, low_memory=False, **options)
+
+
 def read_json_lines(path: Path) -> pd.DataFrame:
     """Values as they are written, with dates as texts. Raises `ValueError` naming the line."""
     rows = []
@@ -75,7 +84,7 @@ def read_json_lines(path: Path) -> pd.DataFrame:
                     raise ValueError(f"line {number}: {error}") from error
                 if not isinstance(rows[-1], dict):
                     raise ValueError(f"line {number} is no JSON object")
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, dtype=object)
 
 
 def own_file(root: str | os.PathLike) -> Path | None:
@@ -96,12 +105,13 @@ def tidy(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     for name in frame.columns:
         column = frame[name]
         try:
-            kind = pa.array(column, from_pandas=True).type
-            plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            values = pa.array(column, from_pandas=True)
+            plain = any(is_kind(values.type) for is_kind in PLAIN)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             plain = False
-        text = pd.Series([as_text(value) for value in column.astype(object)], index=frame.index)
-        columns[str(name)] = column.convert_dtypes() if plain else text.astype("string")
+        if not plain:
+            values = pa.array([as_text(value) for value in column.astype(object)], pa.string())
+        columns[str(name)] = values.to_pandas(types_mapper=NULLABLE.get).convert_dtypes().set_axis(frame.index)
     return pd.DataFrame(columns, index=frame.index).rename_axis("id")
 
 
@@ -169,8 +179,11 @@ def of_kind(value, kind: str, column: str):
     if kind == "truth" and str(value).lower() in TRUTH:
         return TRUTH[str(value).lower()]
     if kind == "number" and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value) if isinstance(value, str) else value if isinstance(value, Number) else float("x")
+        if isinstance(value, Number):
+            return value
+        for read in (int, float):  # a float does not hold every long whole number
+            with contextlib.suppress(TypeError, ValueError):
+                return read(value) if isinstance(value, str) else read("")
     if kind == "text" and value is not None:
         return str(value)
     raise ValueError(f"column {column!r} holds {kind}s and cannot be compared with {value!r}")
@@ -201,6 +214,11 @@ def values_of(frame: pd.DataFrame, name: str) -> dict:
         return dict.fromkeys(frame.columns)
     values = {column: frame.at[name, column] for column in frame.columns}
     return {k: None if pd.isna(v) else v.item() if hasattr(v, "item") else v for k, v in values.items()}
+
+
+def from_arrow(table: pa.Table, source: str) -> pd.DataFrame:
+    """The columns of a table, whose "id" becomes the index; see `tidy`."""
+    return tidy(table.to_pandas(integer_object_nulls=True).set_index("id"), source)
 
 
 def to_arrow(frame: pd.DataFrame, ids: Sequence[str] | None = None) -> pa.Table:

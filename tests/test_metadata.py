@@ -1,0 +1,66 @@
+import json
+
+import datasets
+import pandas as pd
+import pytest
+from conftest import noise
+
+from modeling_tscir import Gallery
+from modeling_tscir.metadata import conditions_of, kinds_of, matching, read_metadata
+
+
+LONG = 9007199254740993  # which a float does not hold
+
+
+def test_a_column_of_a_long_file_is_of_one_kind(tmp_path):
+    """pandas tells kinds piece by piece, and the pieces of wide files are few rows."""
+    rows = 20_000
+    sizes = ["M" if row > rows - 100 else "" if row % 7 == 0 else "38" for row in range(rows)]
+    columns = {"file_name": range(rows), "eu_size": sizes, "sku": [f"{row:06d}" for row in range(rows - 1)] + ["A1"]}
+    columns |= {f"more{i}": range(rows) for i in range(80)}
+    pd.DataFrame(columns).to_csv(tmp_path / "metadata.csv", index=False)
+    frame = read_metadata(tmp_path, None, "")
+    assert frame["eu_size"].value_counts().to_dict() == {"38": sizes.count("38"), "M": sizes.count("M")}
+    assert frame["sku"].tolist() == columns["sku"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_long_numbers_are_kept_to_the_digit(tmp_path, kind, stage2, processor, picture_folder):
+    path = picture_folder / f"metadata.{kind}"
+    rows = [{"file_name": "0.png", "pid": LONG}, {"file_name": "2.png", "pid": LONG - 1}, {"file_name": "4.png"}]
+    if kind == "csv":
+        path.write_text(f"file_name,pid\n0.png,{LONG}\n2.png,{LONG - 1}\n4.png,\n", "utf-8")
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    else:
+        frame = pd.DataFrame(rows, dtype=object)
+        frame["pid"] = pd.array([LONG, LONG - 1, None], "Int64")
+        frame.to_parquet(path)
+    gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
+    gallery.to_parquet(tmp_path / "g.parquet")
+    for one in (gallery, Gallery(tmp_path / "g"), Gallery.from_parquet(tmp_path / "g.parquet", tmp_path / "again")):
+        assert one.metadata["pid"].dropna().to_dict() == {"0.png": LONG, "2.png": LONG - 1}
+        for asked in (LONG, str(LONG)):
+            wanted = conditions_of({"pid": asked}, kinds_of(one.metadata), "")
+            assert matching(one.metadata, wanted) == ["0.png"]
+
+
+def test_numbers_too_long_for_any_column_are_texts(tmp_path):
+    rows = [{"file_name": "a", "n": 2**70}, {"file_name": "b", "n": 1}, {"file_name": "c", "n": None}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    assert read_metadata(tmp_path, None, "")["n"].dropna().tolist() == [str(2**70), "1"]
+
+
+def test_pictures_of_a_dataset_are_no_metadata(stage2, processor, tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"image": [noise(i) for i in range(3)], "mask": [noise(9)] * 3, "masks": [[noise(9)]] * 3,
+         "price": [LONG, 1, None], "raw": [b"x"] * 3, "tags": [["red", "dress"]] * 3},
+        features=datasets.Features({"image": datasets.Image(), "mask": datasets.Image(),
+                                    "masks": datasets.List(datasets.Image()), "price": datasets.Value("int64"),
+                                    "raw": datasets.Value("binary"), "tags": datasets.List(datasets.Value("string"))}),
+    )  # fmt: skip
+    gallery = Gallery.create(tmp_path / "g", stage2, processor)
+    report = gallery.add(rows, stage2, processor, progress=False)
+    assert report.columns_left_out == ["mask", "masks", "raw"]
+    assert "Not metadata, as they hold pictures, sound or bytes: mask, masks, raw." in report.sentences()
+    assert gallery.metadata.loc["0"].to_dict() == {"price": LONG, "tags": "red, dress"}
