@@ -66,6 +66,10 @@ class IndexMixin:
             if old is not None:
                 (self.folder / f"faiss-{old['token']}.index").unlink(missing_ok=True)
 
+    def index_is_old(self) -> bool:
+        """Whether there is an index of other rows than these, which searches do without."""
+        return "index" in self.info and self.info["index"]["shards"] != self._shard_sizes()
+
     def rebuild_index(self) -> None:
         """Build the index anew, if there is one, after pictures came or went; drop one that cannot be built."""
         if "index" not in self.info:
@@ -82,7 +86,7 @@ class IndexMixin:
             return None
         if self._index is None:
             try:
-                if self.info["index"]["shards"] != self._shard_sizes():
+                if self.index_is_old():
                     raise RuntimeError("it is older or newer than the pictures")
                 self._index = read(self.folder / f"faiss-{self.info['index']['token']}.index")
             except (RuntimeError, GalleryError) as error:

@@ -248,5 +248,5 @@ def finish(gallery: Gallery, plan: Plan, report: Report) -> None:
         report.metadata_without_picture = gallery.unknown(plan.metadata.index)
     if plan.metadata is not None or old:
         gallery.set_metadata(plan.metadata, plan.described)
-    if len(plan.todo) or old:
+    if len(plan.todo) or old or gallery.index_is_old():  # after a move, or an interruption of its rebuilding
         gallery.rebuild_index()

@@ -360,6 +360,10 @@ class MilvusGallery:
             numbered = enumerate(unreadable[start : start + ROWS_AT_A_TIME], start)
             self.client.upsert(name, [{"id": f"bad {i}", "content": bad, "unused": [0.0, 0.0]} for i, bad in numbered])
 
+    def index_is_old(self) -> bool:
+        """Never: Milvus keeps its own."""
+        return False
+
     def rebuild_index(self) -> None:
         """Milvus keeps its own."""
 

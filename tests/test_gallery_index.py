@@ -64,6 +64,35 @@ def test_an_index_never_answers_for_another_state_of_the_gallery(make_gallery, p
     assert not old & set(writer._shard_sizes())
 
 
+def test_an_index_follows_pictures_that_moved(make_gallery, picture_folder, stage2, processor, tmp_path):
+    pytest.importorskip("faiss")
+    gallery = make_gallery()
+    gallery.build_index("Flat")
+    picture_folder.rename(tmp_path / "elsewhere")
+    assert gallery.add(tmp_path / "elsewhere", stage2, processor, progress=False).moved == 6
+    assert gallery._faiss() is not None and Gallery(gallery.folder)._faiss() is not None
+
+
+def test_an_index_whose_rebuilding_was_interrupted_is_rebuilt(
+    make_gallery, picture_folder, stage2, processor, monkeypatch
+):
+    pytest.importorskip("faiss")
+    gallery = make_gallery()
+    gallery.build_index("Flat")
+    noise(30).save(picture_folder / "new.png")
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Gallery, "rebuild_index", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gallery.add(picture_folder, stage2, processor, progress=False)
+    assert Gallery(gallery.folder)._faiss() is None
+    assert gallery.add(picture_folder, stage2, processor, progress=False).unchanged == 7
+    assert gallery._faiss() is not None and Gallery(gallery.folder)._faiss() is not None
+
+
 def test_an_index_that_cannot_be_rebuilt_goes_and_the_report_stays(make_gallery, picture_folder, stage2, processor):
     pytest.importorskip("faiss")
     for i in range(40):
