@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import http.client
 import io
 import os
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -67,7 +69,7 @@ def _failures_as_sentences() -> Iterator[None]:
         raise ValueError("not a picture in any known format") from error
     except FileNotFoundError as error:
         raise ValueError("missing") from error
-    except urllib.error.URLError as error:
+    except (urllib.error.URLError, http.client.HTTPException) as error:
         raise ValueError(f"cannot be fetched: {error}") from error
     except MemoryError as error:
         raise ValueError("too large for this machine's memory") from error
@@ -126,7 +128,7 @@ def fetch(sources: Sequence[ImageSource], folder: str | os.PathLike) -> list[Ima
         path = os.path.join(folder, str(number))
         try:
             content = _download(sources[number])
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return sources[number]  # whoever opens it next learns why
         Path(path).write_bytes(content)
         return path
@@ -136,6 +138,7 @@ def fetch(sources: Sequence[ImageSource], folder: str | os.PathLike) -> list[Ima
 
 
 def _download(url: str) -> bytes:
+    url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")  # as browsers do with blanks and letters beyond ASCII
     with urllib.request.urlopen(url, timeout=URL_TIMEOUT_SECONDS) as response:
         content = response.read(URL_MAX_BYTES + 1)
     if len(content) > URL_MAX_BYTES:
@@ -155,14 +158,23 @@ def thumbnail(source: ImageSource, size: int) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An opened picture as RGB, as a viewer would show it."""
+    image = _upright(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_8_bit(image)
-    image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF block says; one that cannot be read says nothing, and does not cost the picture."""
+    try:
+        image.getexif()
+    except Exception:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -172,11 +184,9 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         white = highest or 1.0
     grey = Image.fromarray(np.clip(values * (255.0 / white), 0, 255).round().astype(np.uint8))
-    grey.info["exif"] = image.getexif().tobytes()
     if isinstance(clear := image.info.get("transparency"), int):  # the one value of a PNG that is seen through
         alpha = Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
-        exif, grey = grey.info["exif"], Image.merge("LA", (grey, alpha))
-        grey.info["exif"] = exif
+        grey = Image.merge("LA", (grey, alpha))
     return grey
 
 
@@ -276,7 +286,7 @@ def find_bad_images(
 def _decode_small(source: ImageSource) -> None:
     with _failures_as_sentences(), _open(source) as image:
         image.draft("RGB", (64, 64))  # JPEG alone decodes smaller; the whole file is still read
-        image.load()
+        to_rgb(image)
 
 
 def handle_bad_images(bad: list[tuple[str, str]], total: int, on_bad_image: str) -> None:

@@ -79,6 +79,27 @@ def test_exif_rotation(picture):
     assert far(load_image(encoded(grey, "png", exif=exif)), picture.convert("L").convert("RGB")) < 1
 
 
+@pytest.mark.parametrize("mode", ["RGB", "I;16"])
+@pytest.mark.parametrize("file_format", ["png", "webp"])
+def test_a_broken_exif_block_does_not_cost_a_whole_picture(picture, file_format, mode):
+    stored = picture
+    if mode == "I;16":
+        if file_format == "webp":
+            pytest.skip("WebP has 8 bits")
+        stored = Image.fromarray(np.asarray(picture.convert("L"), dtype=np.uint16) * 257)
+    options = {"lossless": True} if file_format == "webp" else {}
+    content = encoded(stored, file_format, exif=b"Exif\0\0garbage", **options)
+    assert find_bad_images([content], ["a"]) == []
+    assert far(load_image(content), stored.convert("RGB") if mode == "RGB" else picture.convert("L").convert("RGB")) < 1
+
+
+def test_what_fails_while_it_is_turned_is_found_before(monkeypatch, picture):
+    """What is checked is all that using a picture does."""
+    monkeypatch.setattr("modeling_tscir.images.to_rgb", lambda image: 1 / 0)
+    ((name, reason),) = find_bad_images([encoded(picture, "png")], ["a"])
+    assert name == "a" and "decoded" in reason
+
+
 def bomb() -> bytes:
     """A PNG of 60,000 x 60,000 pixels in a few bytes."""
 
@@ -123,6 +144,8 @@ def test_every_bad_file_is_named_with_its_reason(hostile, picture, tmp_path):
             load_image(str(tmp_path / name))
     with pytest.raises(ValueError, match="cannot be fetched"):
         load_image("http://127.0.0.1:9/closed.png")
+    with pytest.raises(ValueError, match="cannot be fetched: nonnumeric port"):
+        load_image("http://127.0.0.1:port/a.png")
     with pytest.raises(ValueError, match="no picture given"):
         load_image({"bytes": None, "path": None})
     with pytest.raises(BadImagesError) as caught:
