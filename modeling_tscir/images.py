@@ -58,6 +58,17 @@ def load_image(source: ImageSource) -> Image.Image:
         return to_rgb(_open(source))
 
 
+def load_named(image: ImageSource) -> Image.Image:
+    """The picture. Raises `ValueError` with the file's name, if it has one."""
+    try:
+        return load_image(image)
+    except ValueError as error:
+        name = image.get("path") if isinstance(image, dict) else image
+        if isinstance(name, (str, os.PathLike)):
+            raise ValueError(f"{os.fspath(name)}: {error}") from error
+        raise
+
+
 @contextlib.contextmanager
 def _failures_as_sentences() -> Iterator[None]:
     """Whatever Pillow raises over a bad file, as a `ValueError` that a person understands."""

@@ -34,9 +34,10 @@ def gallery_of(images, image_column: str, id_column: str) -> tuple[Sequence[Imag
 
 
 class Picture(NamedTuple):
-    """A picture in a query, which a string there would not be."""
+    """A picture in a query, which a string there would not be, and that query's number."""
 
     source: ImageSource
+    query: int
 
 
 def kind_of(query: list) -> str:
@@ -93,7 +94,7 @@ def as_content(query: dict, number: int) -> list[str | Picture]:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"query {number}: a text is a string, not {text!r}")
         given = ([] if picture is None else [{"image": picture}]) + ([] if text is None else [text])
-    parts = [part if isinstance(part, str) else Picture(picture_of(part)) for part in given]
+    parts = [part if isinstance(part, str) else Picture(picture_of(part), number) for part in given]
     pictures = [part.source for part in parts if isinstance(part, Picture)]
     if any(picture is None for picture in pictures) or not (pictures or any(part.strip() for part in parts)):
         raise ValueError(f"query {number} lacks its picture or text; it needs one of them at least")

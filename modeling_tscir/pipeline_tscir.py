@@ -13,15 +13,7 @@ from transformers import Pipeline
 from transformers.utils import logging
 
 from .embedding import embed_images
-from .images import (
-    ImageSource,
-    Selected,
-    fetch,
-    find_bad_images,
-    handle_bad_images,
-    is_url,
-    load_image,
-)
+from .images import ImageSource, Selected, fetch, find_bad_images, handle_bad_images, is_url, load_named
 from .pipeline_inputs import Picture, as_queries, gallery_of, kind_of
 from .ranking import top_k as rank
 
@@ -96,9 +88,10 @@ class ComposedImageRetrievalPipeline(Pipeline):
             self.gallery, self.gallery_embeds = images, None
             return self
         sources, ids = gallery_of(images, image_column, id_column)
+        fetched = None
         if isinstance(sources, list) and any(is_url(source) for source in sources):
-            self._fetched = tempfile.TemporaryDirectory()  # lives as long as this gallery
-            sources = fetch(sources, self._fetched.name)
+            fetched = tempfile.TemporaryDirectory()
+            sources = fetch(sources, fetched.name)
         reasons = dict(find_bad_images(sources, range(len(ids))))  # by row: several may have one id
         self.bad_images = [(str(ids[row]), why) for row, why in reasons.items()]
         handle_bad_images(self.bad_images, len(ids), on_bad_image)
@@ -108,6 +101,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         embeds = embed_images(self.model, self.processor, sources, batch_size, progress=len(ids) > 1000 and "index")
         self.gallery, self.gallery_embeds = None, embeds.to(self.device)
         self.gallery_ids, self.gallery_sources = ids, sources
+        self._fetched = fetched  # lives as long as this gallery
         return self
 
     def __call__(self, inputs=None, *, image=None, text=None, content=None, batch_size: int | None = None, **kwargs):
@@ -135,8 +129,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
         Returns:
             For one query a list of {"score", "id", "image"}, best first; for a list of queries a list of these. Scores
-            are cosine similarities, images PIL images. Of a [`Gallery`] also "path", "duplicates" and "metadata"; an
-            image whose file is gone by now is None, and "problem" says why.
+            are cosine similarities, images PIL images; one whose file is gone by now is None, and "problem" says why.
+            Of a [`Gallery`] also "path", "duplicates" and "metadata".
 
         Raises:
             ValueError: if nothing is indexed, or a query has neither picture nor text.
@@ -199,7 +193,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
 
     def preprocess(self, queries: list[list]) -> dict:
         """The pictures of all queries in one tensor, plain texts, and prompts for those that have both."""
-        pictures = [part.source for query in queries for part in query if isinstance(part, Picture)]
+        pictures = [part for query in queries for part in query if isinstance(part, Picture)]
         kinds = [kind_of(query) for query in queries]
         inputs: dict = {
             "kinds": kinds,
@@ -207,7 +201,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             "has_text": [any(part for part in q if isinstance(part, str)) for q in queries],
         }
         if pictures:
-            inputs["pixel_values"] = self.processor.pixel_values(pictures).to(self.model.dtype)
+            inputs["pixel_values"] = self._pixel_values(pictures).to(self.model.dtype)
         if kinds != ["image"] * len(kinds):
             texts = [" ".join(part for part in query if isinstance(part, str)) for query in queries]
             inputs["texts"] = self.processor.tokenize(texts)
@@ -217,6 +211,17 @@ class ComposedImageRetrievalPipeline(Pipeline):
             inputs["plain"] = [content[0] is None and None not in content[1:] for content in contents]
             inputs["prompts"] = self.processor.compose_contents(contents)
         return inputs
+
+    def _pixel_values(self, pictures: list[Picture]) -> torch.Tensor:
+        try:
+            return self.processor.pixel_values([picture.source for picture in pictures])
+        except ValueError:
+            for picture in pictures:  # once more, to tell which
+                try:
+                    load_named(picture.source)
+                except ValueError as error:
+                    raise ValueError(f"query {picture.query}: {error}") from error
+            raise
 
     def _forward(
         self, inputs: dict, weight: float | None = None, residual: float | None = None, adapter: str | None = None
@@ -289,14 +294,13 @@ class ComposedImageRetrievalPipeline(Pipeline):
             return [list(pool.map(finished, row)) for row in results]
 
     def _finished(self, result: dict, return_images: bool) -> dict:
-        """A result with its "image", or with None and the "problem" there is, if it is a gallery's."""
+        """A result with its "image", or with None and the "problem" there is."""
         row = result.pop("row", None)
         if not return_images:
             return result
-        if row is not None:
-            return result | {"image": load_image(self.gallery_sources[row])}
         try:
-            return result | {"image": self.gallery.picture(result["id"])}
+            picture = self.gallery.picture(result["id"]) if row is None else load_named(self.gallery_sources[row])
+            return result | {"image": picture}
         except ValueError as error:
             return result | {"image": None, "problem": str(error)}
 

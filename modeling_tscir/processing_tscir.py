@@ -1,29 +1,17 @@
 """TSCIRProcessor: images and texts to model inputs, with places for pseudo-words that no user's text can forge."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from PIL import Image
 from transformers import ProcessorMixin
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
 
-from .images import ImageSource, load_image, middle, pad_to_aspect_ratio
+from .images import ImageSource, load_named, middle, pad_to_aspect_ratio
 
 
 logger = logging.get_logger(__name__)
 MAX_LENGTH = 77
-
-
-def load_named(image: ImageSource) -> Image.Image:
-    """The picture. Raises `ValueError` with the file's name, if it has one."""
-    try:
-        return load_image(image)
-    except ValueError as error:
-        if isinstance(image, (str, os.PathLike)):
-            raise ValueError(f"{os.fspath(image)}: {error}") from error
-        raise
 
 
 class TSCIRProcessor(ProcessorMixin):

@@ -90,7 +90,9 @@ def test_a_broken_exif_block_does_not_cost_a_whole_picture(picture, file_format,
     options = {"lossless": True} if file_format == "webp" else {}
     content = encoded(stored, file_format, exif=b"Exif\0\0garbage", **options)
     assert find_bad_images([content], ["a"]) == []
-    assert far(load_image(content), stored.convert("RGB") if mode == "RGB" else picture.convert("L").convert("RGB")) < 1
+    assert (
+        far(load_image(content), stored.convert("RGB") if mode == "RGB" else picture.convert("L").convert("RGB")) < 1
+    )
 
 
 def test_what_fails_while_it_is_turned_is_found_before(monkeypatch, picture):

@@ -81,7 +81,30 @@ def test_urls(cir, pictures, picture_folder):
         assert cir(image=pictures[0], text="", top_k=1, weight=-1.0)[0]["id"] == f"{base}/0.png"
         with pytest.raises(BadImagesError, match="gone"):
             cir.index([f"{base}/0.png", f"{base}/gone.png"])
+        assert "problem" not in cir(image=pictures[0])[0]  # the gallery before is whole
+        pictures[0].save(picture_folder / "ä b.png")
+        cir.index([f"{base}/ä b.png", "http://127.0.0.1:port/a.png"], on_bad_image="skip")
+        assert [r["id"] for r in cir(text="red")] == [f"{base}/ä b.png"] and len(cir.bad_images) == 1
         server.shutdown()
+
+
+def test_a_file_that_is_gone_since_costs_its_own_picture_alone(cir, pictures, picture_folder):
+    cir.index(picture_folder)
+    (picture_folder / "0.png").unlink()
+    found = {r["id"]: r for r in cir(image=pictures[0], text="red")}
+    assert len(found) == 6 and found["0.png"]["image"] is None
+    assert str(picture_folder / "0.png") in found["0.png"]["problem"] and "missing" in found["0.png"]["problem"]
+    assert all("problem" not in result for name, result in found.items() if name != "0.png")
+
+
+@pytest.mark.parametrize("bad", [b"abc", {"path": "nope.png"}, {"bytes": b"abc", "path": "shop.png"}, "nope.png"])
+def test_a_query_whose_picture_cannot_be_read_is_named(cir, pictures, bad):
+    cir.index(pictures)
+    queries = [{"image": pictures[0], "text": "red"}, {"text": "red"}, {"image": bad, "text": "red"}]
+    name = bad if isinstance(bad, str) else bad.get("path") if isinstance(bad, dict) else ""
+    for size in (1, 3):
+        with pytest.raises(ValueError, match=f"^query 2: {name}"):
+            cir(queries, batch_size=size)
 
 
 def test_lists_of_queries_run_in_batches_and_give_the_same(cir, pictures):

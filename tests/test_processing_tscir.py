@@ -15,8 +15,8 @@ from modeling_tscir import TSCIRProcessor, processing_tscir
 def test_a_picture_that_is_given_twice_is_decoded_once(processor, pictures, tmp_path, monkeypatch):
     """As two threads must not load one file."""
     pictures[0].resize((900, 900)).save(tmp_path / "a.png")
-    loaded, load = [], processing_tscir.load_image
-    monkeypatch.setattr(processing_tscir, "load_image", lambda image: loaded.append(image) or load(image))
+    loaded, load = [], processing_tscir.load_named
+    monkeypatch.setattr(processing_tscir, "load_named", lambda image: loaded.append(image) or load(image))
     with Image.open(tmp_path / "a.png") as lazy:
         pixels = processor.pixel_values([lazy, pictures[1], lazy, lazy])
     assert len(loaded) == 2 and torch.equal(pixels[0], pixels[2]) and torch.equal(pixels[2], pixels[3])
