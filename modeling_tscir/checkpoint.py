@@ -1,6 +1,8 @@
 """Checkpoints of two forms: the whole model, or what was trained with the backbone by name, commit and fingerprint."""
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -22,6 +24,37 @@ logger = logging.get_logger(__name__)
 DELTA_NAME = "tscir_delta.safetensors"
 ADAPTERS = "adapters"
 FULL_NAMES = ("model.safetensors", "model.safetensors.index.json")
+HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+# Further arguments of PreTrainedModel.from_pretrained that change nothing where weights are read from a reference.
+NEEDLESS = frozenset(
+    (
+        *("_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "force_download"),
+        *("ignore_mismatched_sizes", "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder"),
+        *("proxies", "tqdm_class", "trust_remote_code", "use_safetensors", "variant", "weights_only"),
+    )
+)
+IN_PARTS = (
+    "is for a checkpoint that is whole, and this is in reference form; write that by load and "
+    'save_pretrained(FOLDER, backbone="full")'
+)
+
+
+def one_device(device_map, path: str) -> torch.device:
+    """The device that a device map names. Raises `ValueError` if it names several."""
+    if isinstance(device_map, dict):
+        if len(set(device_map.values())) != 1:
+            raise ValueError(f"{path}: device_map {device_map} {IN_PARTS}")
+        (device_map,) = set(device_map.values())
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device(device_map)
+
+
+def adapters_in(folder: Path) -> list[str]:
+    """Further adapters that a model saved there before has."""
+    with contextlib.suppress(OSError, ValueError):  # nothing saved, or half of it
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("adapters", [])
+    return []
 
 
 class CheckpointMixin:
@@ -74,8 +107,9 @@ class CheckpointMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, backbone=None, **kwargs):
         """Load a folder or Hub repository written by `save_pretrained`, of either form.
 
-        Arguments are those of `PreTrainedModel.from_pretrained`. Weights are read from safetensors alone, in fp32
-        unless `dtype` says otherwise.
+        Arguments are those of `PreTrainedModel.from_pretrained`, fields of [`TSCIRConfig`] among them. Weights are
+        read from safetensors alone, in fp32 unless `dtype` says otherwise; a checkpoint in reference form goes onto
+        one device.
 
         Args:
             backbone (`str`, *optional*): folder or Hub name where the backbone of a checkpoint in reference form lies
@@ -83,16 +117,16 @@ class CheckpointMixin:
 
         Raises:
             ValueError: if the checkpoint is of another model type, is damaged, lacks tensors, wants code from
-                elsewhere, or was trained on another backbone.
+                elsewhere, or was trained on another backbone; and for what one in reference form cannot do.
         """
-        kwargs.setdefault("dtype", torch.float32)
+        former = kwargs.pop("torch_dtype", None)
+        if kwargs.get("dtype") is None:
+            kwargs["dtype"] = torch.float32 if former is None else former
         path = pretrained_model_name_or_path
         if path is None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
         path = os.fspath(path)
-        hub = {
-            k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only", "subfolder") if k in kwargs
-        }
+        hub = {k: kwargs[k] for k in HUB if k in kwargs}
         refuse_other_models(path, hub)
         refuse_other_forms(path, hub)
         quiet = {
@@ -101,22 +135,25 @@ class CheckpointMixin:
         }
         if cached_file(path, ADAPTER_CONFIG, **quiet, **hub) is not None:
             raise ValueError(
-                f"{path} has an {ADAPTER_CONFIG} beside the model's; put that adapter into {ADAPTERS}/NAME"
+                f"{path} has an {ADAPTER_CONFIG} beside the model's; move that adapter into a folder of its own, and "
+                "load it with model.load_adapter(FOLDER, NAME)"
             )
         if config is None:
-            config = cls.config_class.from_pretrained(path, **hub)
+            choices = {k: kwargs.pop(k) for k in [*kwargs] if k in cls.config_class.__annotations__}
+            config = cls.config_class.from_pretrained(path, **hub, **choices)
+        config.validate_choices()  # of which some may just have been told
         if backbone is not None:
             name = os.fspath(backbone)
             config.backbone_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
             config.backbone_revision = None
         delta = cached_file(path, DELTA_NAME, **quiet, **hub)
+        loading = kwargs.pop("output_loading_info", False)
         if delta is None:
             if backbone is not None:  # the folder has its own, which this one must be
                 _, given, _ = load_backbone(os.fspath(backbone), None, torch.float32, None)
                 if config.backbone_fingerprint and given != config.backbone_fingerprint:
                     raise ValueError(f"{path} was trained on another backbone than {backbone}: their weights differ")
             kwargs["use_safetensors"] = True
-            loading = kwargs.pop("output_loading_info", False)
             with told_of_damage(path):
                 model, info = super().from_pretrained(
                     path, *model_args, config=config, output_loading_info=True, **kwargs
@@ -126,14 +163,22 @@ class CheckpointMixin:
                 raise ValueError(f"{path} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
             model.load_further_adapters(path, hub)
             return (model, info) if loading else model
-        dtype = kwargs["dtype"] if isinstance(kwargs["dtype"], torch.dtype) else torch.float32
+        dtype, attention, device = (kwargs.pop(k, None) for k in ("dtype", "attn_implementation", "device_map"))
+        if kwargs.pop("quantization_config", None) is not None:
+            raise ValueError(f"{path}: quantization_config {IN_PARTS}")
+        unknown = sorted(kwargs.keys() - NEEDLESS - set(HUB))
+        if model_args or unknown:
+            raise TypeError(f"{path}: unknown arguments {[*model_args, *unknown]}")
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         own = {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")}
-        model = cls._from_delta(config, delta, dtype, kwargs.get("attn_implementation"), own)
-        device = kwargs.get("device_map")
-        if isinstance(device, (str, int, torch.device)) and device != "auto":
-            model.to(device)
+        dtype = torch.float32 if dtype == "auto" else dtype
+        model = cls._from_delta(config, delta, dtype, attention, own)
+        if device is not None:
+            model.to(one_device(device, path))
         model.name_or_path = path
         model.load_further_adapters(path, hub)
+        if loading:
+            return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
         return model
 
     def load_further_adapters(self, path: str, hub: dict) -> None:
@@ -227,7 +272,10 @@ class CheckpointMixin:
             kwargs["state_dict"] = dict(self.own_state_dict())
         self.config.adapters = further
         if kwargs.get("is_main_process", True):
-            shutil.rmtree(folder / ADAPTERS, ignore_errors=True)
+            for name in adapters_in(folder):
+                shutil.rmtree(folder / ADAPTERS / check_name(name), ignore_errors=True)
+            with contextlib.suppress(OSError):  # unless others lie there
+                (folder / ADAPTERS).rmdir()
             for name in further:
                 self.save_adapter(folder / ADAPTERS / name, name)
         # Both forms in one folder would contradict each other.

@@ -305,8 +305,16 @@ def test_an_adapter_is_not_written_into_a_models_folder(stage2, tmp_path):
     with pytest.raises(ValueError, match="a folder of its own"):
         stage2.save_adapter(tmp_path / "model")
     (tmp_path / "model/adapter_config.json").write_text("{}", "utf-8")
-    with pytest.raises(ValueError, match=r"put that adapter into adapters/NAME"):
+    with pytest.raises(ValueError, match=r"load it with model.load_adapter\(FOLDER, NAME\)"):
         TSCIRModel.from_pretrained(tmp_path / "model")
+
+
+def test_saving_leaves_folders_that_are_no_adapter_of_the_models(stage2, tmp_path):
+    """Until now whatever lay in adapters/ was deleted without a word."""
+    stage2.save_pretrained(tmp_path)
+    stage2.save_adapter(tmp_path / "adapters/by-hand")
+    stage2.save_pretrained(tmp_path)
+    assert (tmp_path / "adapters/by-hand/adapter_config.json").is_file()
 
 
 def test_where_no_adapter_acts_nothing_is_merged(stage1, query):

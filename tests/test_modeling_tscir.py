@@ -239,6 +239,33 @@ def test_half_precisions_and_attention_implementations(form, stage2, composed, t
         torch.testing.assert_close(model.get_composed_features(**composed), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("form", ["full", "reference"])
+@pytest.mark.parametrize("load", [TSCIRModel.from_pretrained, AutoModel.from_pretrained])
+def test_both_forms_obey_or_refuse_the_same_arguments(form, load, stage2, tmp_path):
+    stage2.save_pretrained(tmp_path, backbone=form)
+    for told in ({"dtype": "bfloat16"}, {"torch_dtype": torch.bfloat16}, {"torch_dtype": "bfloat16"}):
+        assert {p.dtype for p in load(tmp_path, **told).parameters()} == {torch.bfloat16}
+    other = load(tmp_path, residual=0.0, gce_q=0.5)
+    assert (other.config.residual, other.config.gce_q) == (0.0, 0.5)
+    assert load(tmp_path).config.residual == stage2.config.residual != 0
+    for device in ("meta", torch.device("meta"), {"": "meta"}):
+        assert load(tmp_path, device_map=device).device.type == "meta"
+    assert load(tmp_path, device_map="auto").device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    model, info = load(tmp_path, output_loading_info=True)
+    assert isinstance(model, TSCIRModel) and not info["missing_keys"] and not info["unexpected_keys"]
+    with pytest.raises(ValueError, match="composed_weight must be between"):
+        load(tmp_path, composed_weight=3.0)
+    with pytest.raises(TypeError, match="residul"):
+        load(tmp_path, residul=0.0)
+
+
+def test_a_reference_is_put_onto_one_device_as_it_is(stage2, tmp_path):
+    stage2.save_pretrained(tmp_path, backbone="reference")
+    for told in ({"quantization_config": {"load_in_4bit": True}}, {"device_map": {"clip": 0, "mapper": "cpu"}}):
+        with pytest.raises(ValueError, match=r'reference form.*save_pretrained\(FOLDER, backbone="full"\)'):
+            TSCIRModel.from_pretrained(tmp_path, **told)
+
+
 @pytest.mark.gpu
 @torch.no_grad()
 def test_fp16_on_gpu(stage2, composed, tmp_path):
