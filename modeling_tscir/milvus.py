@@ -18,21 +18,24 @@ def is_milvus(name: str | os.PathLike) -> bool:
     return name.startswith(REMOTE) or name.partition("#")[0].endswith(".db")
 
 
+def quoted(value) -> str:
+    """A value in Milvus's language, which knows letters beyond ASCII, but not JSON's escapes of them."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def as_filter(condition: Condition) -> str:
     """A condition in Milvus's language, every name and value quoted."""
-    field, value = f"metadata[{json.dumps(condition.column)}]", condition.value
+    field, value = f"metadata[{quoted(condition.column)}]", condition.value
     if condition.operator in ("in", "not in"):
         sign, link = ("==", " or ") if condition.operator == "in" else ("!=", " and ")
-        return (
-            "(" + link.join(f"{field} {sign} {json.dumps(one)}" for one in value) + ")" if value else f"exists {field}"
-        )
+        return "(" + link.join(f"{field} {sign} {quoted(one)}" for one in value) + ")" if value else f"exists {field}"
     sign = {"=": "=="}.get(condition.operator, condition.operator)
-    return f"{field} {sign} {json.dumps(value)}"
+    return f"{field} {sign} {quoted(value)}"
 
 
 def among(ids: Sequence[str]) -> str:
     """A filter for rows by their ids. The client's own `ids=` puts them between single quotes as they are."""
-    return f"id in {json.dumps(list(ids), ensure_ascii=False)}"
+    return f"id in {quoted(list(ids))}"
 
 
 @contextlib.contextmanager

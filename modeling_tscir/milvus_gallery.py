@@ -7,7 +7,6 @@ What follows "#" names the collection. Vectors, ids, paths and metadata live in 
 """
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import quote_from_bytes, unquote_to_bytes
@@ -18,8 +17,8 @@ from .files import File
 from .gallery import FORMAT, Gallery, fingerprint_of
 from .gallery_search import check_search
 from .images import load_image
-from .metadata import Where, conditions_of, kinds_of, values_of
-from .milvus import among, as_filter, connect, holds_gallery, is_milvus, told
+from .metadata import Where, as_text, conditions_of, kinds_of, values_of
+from .milvus import among, as_filter, connect, holds_gallery, is_milvus, quoted, told
 from .shards import GalleryError
 
 
@@ -160,7 +159,7 @@ class MilvusGallery:
             yield from rows
             if len(rows) < ROWS_AT_A_TIME:
                 return
-            after = f"id > {json.dumps(rows[-1]['id'], ensure_ascii=False)}"
+            after = f"id > {quoted(rows[-1]['id'])}"
 
     @property
     def ids(self) -> list[str]:
@@ -221,7 +220,7 @@ class MilvusGallery:
         with told(self.uri):
             hidden = sorted({row["content"] for row in self._get(list(exclude), ["content"])})
             if hidden:
-                filters.append(f"content not in {json.dumps(hidden)}")
+                filters.append(f"content not in {quoted(hidden)}")
             limit = min(MAX_FOUND, top_k + 20)
             while True:
                 found = self.client.search(
@@ -240,7 +239,7 @@ class MilvusGallery:
             contents = sorted({hit["entity"]["content"] for hits in rows for hit in hits})
             same: dict[str, list[str]] = {}
             if contents:
-                filters.append(f"content in {json.dumps(contents)}")
+                filters.append(f"content in {quoted(contents)}")
                 for row in self._rows(["id", "content"], " and ".join(filters)):
                     same.setdefault(row["content"], []).append(row["id"])
         return [[self._result(hit, same) for hit in hits] for hits in rows]
@@ -335,8 +334,15 @@ class MilvusGallery:
         """Put `frame`'s rows, by id, in place of those of its ids and of `replaced`; keep that of other pictures."""
         if frame is None:
             return
-        self.remember(columns=self.info.get("columns", {}) | kinds_of(frame))
+        columns, kinds = self.info.get("columns", {}), kinds_of(frame)
         ids = sorted(replaced | set(frame.index))
+        mixed = {name for name, kind in kinds.items() if columns.get(name, kind) != kind}
+        if mixed:  # are texts, for every picture
+            frame = frame.assign(**{name: frame[name].map(as_text).astype("string") for name in mixed})
+            kinds |= dict.fromkeys(mixed, "text")
+            others = [row["id"] for row in self._rows(["metadata"]) if mixed & row["metadata"].keys()]
+            self._change(sorted(set(others) - set(ids)), lambda row: {"metadata": with_texts(row["metadata"], mixed)})
+        self.remember(columns=columns | kinds)
         values = {name: {k: v for k, v in values_of(frame, name).items() if v is not None} for name in ids}
         self._change(ids, lambda row: {"metadata": values[row["id"]]})
 
@@ -366,6 +372,11 @@ class MilvusGallery:
 
     def rebuild_index(self) -> None:
         """Milvus keeps its own."""
+
+
+def with_texts(metadata: dict, columns: set[str]) -> dict:
+    """A picture's metadata with the values of some columns as texts."""
+    return {name: as_text(value) if name in columns else value for name, value in metadata.items()}
 
 
 def open_gallery(name: str | os.PathLike) -> Gallery | MilvusGallery:

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
@@ -51,7 +52,7 @@ def both(address, stage2, processor, picture_folder, tmp_path):
     shutil.copy(picture_folder / "0.png", picture_folder / "again.png")
     (picture_folder / "broken.jpg").write_bytes(b"nothing")
     frame = pd.DataFrame({"file_name": ["0.png", "2.png", "below/1.png"], "price": [10, 20, 30],
-                          "colour": ["red", 'bl"ue', "red"]})  # fmt: skip
+                          "colour": ["red", 'bl"ue', "red"], "größe": ["é", "é", "中"]})  # fmt: skip
     frame.to_csv(picture_folder / "metadata.csv", index=False)
     options = {"progress": False, "shard_size": 3}
     local = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, dtype="float32", **options)
@@ -93,7 +94,8 @@ def test_it_answers_as_a_folders_gallery_does(both):
     assert remote.unreadable == local.unreadable and [b["id"] for b in remote.unreadable] == ["broken.jpg"]
     for options in ({}, {"top_k": 2}, {"where": {"colour": "red"}}, {"where": {"price": (">", 10)}},
                     {"where": {"colour": 'bl"ue'}}, {"where": {"colour": ["red", "x"], "price": ("<=", 20)}},
-                    {"where": {"price": ("!=", 10)}}, {"exclude": ["again.png"]}, {"where": {"colour": []}},
+                    {"where": {"price": ("!=", 10)}}, {"exclude": ["again.png"]}, {"where": {"größe": "é"}},
+                    {"where": {"größe": ["中"]}}, {"where": {"colour": []}},
                     {"where": {"colour": ("not in", ["red"])}}, {"where": {"colour": ("not in", [])}},
                     {"where": [("price", ">", 10), ("price", "<", 30)]}):  # fmt: skip
         mine, other = plain(remote.search(QUERIES, **options)), plain(local.search(QUERIES, **options))
@@ -120,6 +122,23 @@ def test_it_follows_the_folder_and_survives_closing(both, stage2, processor, pic
     with pytest.raises(KeyError, match="0.png"):
         remote.remove(["0.png"])
     remote.client.close()
+
+
+def test_a_column_that_becomes_text_is_text_for_every_picture(both, stage2, processor, tmp_path):
+    (tmp_path / "more").mkdir()
+    for i in range(3):
+        noise(50 + i).save(tmp_path / f"more/{i}.png")
+    prices = {"0.png": 10, "1.png": "on request", "2.png": True}
+    lines = [json.dumps({"file_name": name, "price": price}) for name, price in prices.items()]
+    (tmp_path / "more/metadata.jsonl").write_text("\n".join(lines), "utf-8")
+    for gallery in both:
+        gallery.add(tmp_path / "more", stage2, processor, prefix="more/", progress=False)
+    expected = {10: {"0.png", "more/0.png"}, "20": {"2.png"}, "on request": {"more/1.png"}}
+    for price, ids in expected.items():
+        found = [plain(gallery.search(QUERIES, where={"price": price})) for gallery in both]
+        assert found[0] == found[1] and {r["id"] for r in found[0][0]} == ids
+    with pytest.raises(ValueError, match="holds texts"):
+        both[1].search(QUERIES, where={"price": None})
 
 
 @pytest.mark.parametrize("page", [2, 500])
