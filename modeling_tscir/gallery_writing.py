@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
+from transformers.utils import logging
 
 from .metadata import merged, to_arrow
 from .shards import (
@@ -20,6 +21,9 @@ from .shards import (
     write_shard,
     write_stream,
 )
+
+
+logger = logging.get_logger(__name__)
 
 
 class WritingMixin:
@@ -37,9 +41,13 @@ class WritingMixin:
 
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
+                except BlockingIOError as error:
                     problem = f"{self.folder} is being written by another process; wait for it to end"
                     raise GalleryError(problem) from error
+                except OSError as error:  # as some network file systems have no locks
+                    logger.warning(
+                        f"{self.folder} cannot be locked ({error.strerror}); let one process write at a time"
+                    )
             clear_leavings(self.folder / "shards")
             self.info = json.loads((self.folder / "gallery.json").read_text(encoding="utf-8"))
             self.reload()

@@ -23,6 +23,7 @@ SCHEMA = pa.schema(
     }
 )
 NAME = re.compile(r"(\d{6,})(?:-(\d+))?")
+OWN = re.compile(NAME.pattern + r"(\.part|\.gone)?")  # what else lies there is others'
 REMEDY = "index the pictures again into another folder, or remove this shard's folder and index again"
 
 
@@ -91,7 +92,7 @@ def clear_leavings(folder: Path) -> None:
     """Remove what processes left that died: halves of shards, and versions that a newer one replaces."""
     kept = set(newest_shards(folder))
     for path in folder.iterdir():
-        if path not in kept:
+        if path not in kept and OWN.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path)
 
 

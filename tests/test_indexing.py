@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import shutil
@@ -247,6 +248,32 @@ def test_embeddings_that_are_no_numbers_are_refused(make_gallery, stage2):
 def test_sizes_are_positive(make_gallery, options):
     with pytest.raises(GalleryError, match="at least 1"):
         make_gallery(**options)
+
+
+def test_files_of_others_among_the_shards_are_left_alone(make_gallery, picture_folder, stage2, processor):
+    """As Finder and Windows leave them wherever a person looks."""
+    gallery = make_gallery()
+    (gallery.folder / "shards/.DS_Store").write_bytes(b"x")
+    (gallery.folder / "shards/000007.part").mkdir()  # half a shard, of a process that died
+    noise(30).save(picture_folder / "new.png")
+    assert gallery.add(picture_folder, stage2, processor, progress=False).added == 1
+    assert {path.name for path in (gallery.folder / "shards").iterdir()} == {".DS_Store", "000000", "000001"}
+
+
+def test_where_folders_cannot_be_locked_it_is_said_and_done_without(make_gallery, monkeypatch, caplog):
+    """As on some network file systems; a writer that is there is another matter."""
+    import fcntl
+
+    gallery, other = make_gallery(), make_gallery()
+    with gallery.locked(), pytest.raises(GalleryError, match="another process"):
+        other.remove(["0.png"])
+
+    def not_there(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", not_there)
+    gallery.remove(["0.png"])
+    assert "0.png" not in gallery and "cannot be locked (No locks available)" in caplog.text
 
 
 def test_a_full_disk_keeps_what_was_done(make_gallery, picture_folder, stage2, processor, monkeypatch):
