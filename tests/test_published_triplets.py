@@ -145,6 +145,14 @@ def test_pictures_by_path_train_stage_two(tmp_path, coco, launch, stage1, proces
     launch(stage2_script, tmp_path / "stage1", tmp_path / "s2", "--dataset_name", tmp_path / "out", "--max_steps", 2)
 
 
+def test_rows_that_a_killed_run_left_are_not_taken_for_this_ones(tmp_path, coco):
+    (tmp_path / "lasco.json").write_text(json.dumps(lasco_records(3)), "utf-8")
+    flags = ["lasco", tmp_path / "lasco.json", "--image_dir", coco]
+    whole = run(tmp_path, *flags, "--rows_per_file", 1)
+    (tmp_path / "out/data").rename(tmp_path / "out/unfinished-data")
+    assert run(tmp_path, *flags)["modification"] == whole["modification"]
+
+
 def test_what_cannot_be_used_is_named_or_listed(tmp_path, coco, capsys):
     records = lasco_records(6)  # the last target is missing
     records[1]["query-text"] = ""

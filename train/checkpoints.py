@@ -15,7 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir.backbone import fingerprint_of_tensors
 from modeling_tscir.checkpoint import DELTA_NAME
+
+
+BACKBONE = "backbone"
 
 
 def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, trained: dict[str, nn.Parameter]) -> None:
@@ -39,6 +43,29 @@ def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, train
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def keep_backbone(accelerator: Accelerator, model: TSCIRModel, output_dir: str) -> None:
+    """Write the backbone of a model loaded whole to `output_dir`/backbone, unless it can be found by its name.
+
+    What is trained is written by reference to it, and would not load.
+    """
+    name = model.config.backbone_name_or_path
+    if name and (os.path.isdir(name) or not os.path.isabs(name)):
+        return
+    folder = Path(output_dir, BACKBONE)
+    # Less the composing adapters, which a model of stage II has there already.
+    state = model.clip.state_dict().items()
+    tensors = {name.replace(".base_layer", ""): tensor for name, tensor in state if ".lora_" not in name}
+    if accelerator.is_main_process:
+        aside = folder.with_name(f"unfinished-{BACKBONE}")
+        with _said_if_full(output_dir, "the backbone", aside):
+            model.clip.save_pretrained(aside, state_dict=dict(tensors))
+        shutil.rmtree(folder, ignore_errors=True)  # of another run
+        os.replace(aside, folder)
+    accelerator.wait_for_everyone()
+    model.config.backbone_name_or_path = os.path.join("..", BACKBONE)  # from checkpoints, so that all may be moved
+    model.config.backbone_revision, model.config.backbone_fingerprint = None, fingerprint_of_tensors(tensors)
 
 
 @contextlib.contextmanager
@@ -90,12 +117,12 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
     aside = final.with_name(f"unfinished-{final.name}")
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
     accelerator.wait_for_everyone()
     with _said_if_full(output_dir, f"the checkpoint of step {step}", aside):
         accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)  # of before, where an earlier one was gone on from
         os.replace(aside, final)
         for old in list_checkpoints(output_dir)[:-limit] if limit > 0 else []:
             shutil.rmtree(old)
@@ -120,11 +147,13 @@ def refuse_unwritable_folder(output_dir: str) -> None:
 
 def refuse_used_folder(output_dir: str) -> None:
     """Raise `ValueError` if a new run would begin among an earlier run's files, or write over a model."""
-    found = [*list_checkpoints(output_dir), *(p for p in [Path(output_dir, "best")] if p.exists())]
+    checkpoints = list_checkpoints(output_dir)
+    found = [p.name for p in (*checkpoints, Path(output_dir, "best")) if p.exists()]
     if found:
+        remedy = "go on with it by --resume_from_checkpoint latest, " if checkpoints else ""  # the best alone is none
         raise ValueError(
-            f"{output_dir} holds {', '.join(p.name for p in found)} of an earlier run: go on with it by "
-            "--resume_from_checkpoint latest, choose another --output_dir, or remove them"
+            f"{output_dir} holds {', '.join(found)} of an earlier run: {remedy}choose another --output_dir, or remove "
+            f"{'them' if len(found) > 1 else 'it'}"
         )
     if Path(output_dir, "config.json").is_file():
         raise ValueError(

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from arguments import LoopArguments
 from checkpoints import (
+    BACKBONE,
     find_checkpoint,
     keep_only_trained_tensors,
     refuse_unwritable_folder,
@@ -99,6 +100,11 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     return accelerator
 
 
+def steps_of(args: LoopArguments, batches: RowBatches | StreamBatches) -> int:
+    """Optimizer steps of the whole run."""
+    return args.max_steps if args.max_steps > 0 else batches.steps_an_epoch * args.num_train_epochs
+
+
 def train(
     accelerator: Accelerator,
     objective: Objective,
@@ -136,7 +142,7 @@ def train(
         fused=accelerator.device.type in ("cpu", "cuda"),
     )
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    total = args.max_steps if args.max_steps > 0 else batches.steps_an_epoch * args.num_train_epochs
+    total = steps_of(args, batches)
     warmup = int(args.warmup_steps * total) if args.warmup_steps < 1 else int(args.warmup_steps)
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total)
     settings = record | vars(args)
@@ -194,19 +200,22 @@ def train(
                 progress.best = values["validation_mrr"]
                 with save_best(args.output_dir, model, processor, {"step": progress.step, **values}) as folder:
                     write_record(folder, settings, accelerator, progress)
+        saved = None
         if args.save_steps and progress.step % args.save_steps == 0 and progress.step < total:
-            save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
+            saved = save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
         stop = interrupt.came_to_any(progress.step)
     stream.close()  # its workers end
     bar.close()
     interrupt.restore()
     if stop and progress.step < total:
-        folder = save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
+        folder = saved or save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
         accelerator.print(f"interrupted at step {progress.step}; go on with --resume_from_checkpoint {folder}")
         sys.exit(130)
     skipped = batches.skipped_images()  # which all processes must ask for
     model.eval()
     if accelerator.is_main_process:
+        if model.config.backbone_name_or_path == os.path.join("..", BACKBONE):
+            model.config.backbone_name_or_path = BACKBONE
         model.save_pretrained(args.output_dir, backbone="reference")
         processor.save_pretrained(args.output_dir)
         write_record(Path(args.output_dir), settings | {"skipped_images": skipped}, accelerator, progress)

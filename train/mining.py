@@ -34,10 +34,15 @@ class Miner:
         self.mined: torch.Tensor | None = None  # [R, H], rows of the dataset
         self.mask: torch.Tensor | None = None  # [R, H], False for likely right answers
 
+    @property
+    def wanted(self) -> bool:
+        """Whether the loss has mined negatives."""
+        return self.model.config.mined_negative_weight > 0 and self.model.config.num_mined_negatives > 0
+
     def __call__(self, step: int) -> dict[str, float]:
         """Mine if it is time to; how many of the nearest targets the ceiling dropped, and their share."""
         config = self.model.config
-        if config.mined_negative_weight > 0 and config.num_mined_negatives > 0 and step and step % self.refresh == 0:
+        if self.wanted and step and step % self.refresh == 0:
             rows = self.rows_ahead(step, self.refresh)
             return self.mine(rows, config.num_mined_negatives, config.mined_negative_ceiling)
         return {}

@@ -220,7 +220,8 @@ def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
     """
     bad: list[str] = []
     aside, final = args.output_dir / "unfinished-data", args.output_dir / "data"
-    aside.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir(parents=True)
     try:
         count = write_files(args, aside, bad)
         if bad and (args.on_bad_image == "error" or not count):

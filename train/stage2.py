@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 
 import torch
 from arguments import DataArguments, LoopArguments, parse_arguments, run_as_script
+from checkpoints import keep_backbone
 from datasets import Dataset
 from gradients import Objective, bf16_where_fast, gather_with_gradient, precision
-from loop import make_accelerator, train
+from loop import make_accelerator, steps_of, train
 from mining import Miner
 from rows import RowBatches, hold_out, in_batches, load_rows, load_source
+from transformers.utils import logging
 from validation import Validation
 
 from modeling_tscir import TSCIRConfig, TSCIRModel, TSCIRProcessor
@@ -28,6 +30,9 @@ from modeling_tscir.embedding import embed_images, embed_references, embed_texts
 from modeling_tscir.feature_cache import cached, feature_key, picture_name, pictures_digest
 from modeling_tscir.images import Selected
 from modeling_tscir.losses import composing_loss
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -253,6 +258,7 @@ def main() -> None:
         accelerator.print(f"{data.model_name_or_path} has composing adapters already; training goes on with them")
     else:
         model.add_adapters()
+    keep_backbone(accelerator, model, loop.output_dir)
     model.to(accelerator.device).eval()
     rows, skipped = load_triplets(data, args)
     rows, held_out = hold_out(rows, data.validation_rows, loop.seed, group_names(rows, args))
@@ -262,6 +268,12 @@ def main() -> None:
         held_out = Stage2Data(held_out, model, processor, data, args) if watched else None
     batches = RowBatches(accelerator, dataset, loop, dataset.groups, skipped)
     miner = Miner(dataset, model, args.hard_negative_refresh, batches.rows_ahead)
+    steps = steps_of(loop, batches)
+    if miner.wanted and args.hard_negative_refresh >= steps:
+        logger.warning(
+            f"mined_negative_weight {model.config.mined_negative_weight} mines nothing: the first mining comes after "
+            f"{args.hard_negative_refresh} steps, and the run has {steps}; lower --hard_negative_refresh"
+        )
     validation = None
     if held_out is not None:
         validation = Validation(Stage2Objective(model), in_batches(held_out, data.feature_batch_size))
