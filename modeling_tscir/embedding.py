@@ -114,7 +114,9 @@ def embed_references(
         image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress
     ):
         image_embeds, pseudo_words = model.encode_reference(pixels.to(model.device, model.dtype))
-        embeds.append(image_embeds.float().cpu())
+        if image_embeds.dtype != torch.float32:  # of length 1 but for its own rounding
+            image_embeds = F.normalize(image_embeds.float(), dim=-1)
+        embeds.append(image_embeds.cpu())
         if pseudo_words is not None:
             words.append(pseudo_words.float().cpu())
     return torch.cat(embeds), torch.cat(words) if words else None

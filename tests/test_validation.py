@@ -5,7 +5,9 @@ import stage1 as stage1_script
 import stage2 as stage2_script
 import torch
 import torch.nn.functional as F
+from arguments import DataArguments
 from safetensors.torch import load_file
+from stage2 import Stage2Arguments
 from validation import Validation
 
 from modeling_tscir import TSCIRModel
@@ -37,6 +39,25 @@ def test_ranks_among_targets_and_references_of_others():
     assert values["validation_recall_at_10"] == 1
     assert values["validation_mrr"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3)
     assert values["validation_similarity"] == pytest.approx(float((points[:, 0] * points[:, 1]).sum(-1).mean()))
+
+
+def test_a_picture_counts_once_however_its_embeddings_differ():
+    """As those of a target and of the same picture as a reference do, in bf16 or in another batch."""
+    images = F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    row = torch.arange(6)
+    told = {"queries": images, "targets": images, "references": images.roll(-1, 0) * (1 + 1e-6)}
+    names = [f"{i}.png" for i in row.tolist()]
+    values = Validation(Given(), [told], (names, names[1:] + names[:1]))()
+    assert values["validation_mrr"] == 1
+    told["references"] = told["references"] * (1 + 1e-2)  # such a twin would stand before its picture
+    assert Validation(Given(), [told], (names, names[1:] + names[:1]))()["validation_mrr"] == 1
+    assert Validation(Given(), [told])()["validation_mrr"] == 0.5
+
+
+def test_held_out_pictures_are_told_apart(data):
+    rows, _ = stage2_script.load_triplets(DataArguments(dataset_name=str(data / "triplets")), Stage2Arguments())
+    targets, references = stage2_script.pictures_of(rows, Stage2Arguments())
+    assert [len(set(names)) for names in (targets, references, targets + references)] == [24, 6, 30]
 
 
 def measured(err: str) -> dict[int, float]:

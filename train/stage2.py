@@ -170,6 +170,13 @@ def group_names(rows: Dataset, args: Stage2Arguments) -> list:
     return names_of(rows, args.reference_id_column, column)
 
 
+def pictures_of(rows: Dataset, args: Stage2Arguments) -> tuple[list, list]:
+    """What tells each row's target and its reference, the same for the same picture, or for the same caption."""
+    if args.reference_column not in rows.column_names:
+        return list(rows[args.target_caption_column]), list(rows[args.reference_caption_column])
+    return tuple([picture_name(one) for one in rows[c]] for c in (args.target_column, args.reference_column))
+
+
 def names_of(rows: Dataset, id_column: str, column: str) -> list:
     """Each row's id; where the data has none, what equal pictures, still encoded, or equal texts of `column` share."""
     names = list(rows[id_column]) if id_column in rows.column_names else [None] * len(rows)
@@ -265,6 +272,7 @@ def main() -> None:
     with bf16_where_fast(model.device, asked=loop.mixed_precision == "bf16"):
         dataset = Stage2Data(rows, model, processor, data, args)
         watched = held_out is not None and accelerator.is_main_process
+        pictures = pictures_of(held_out, args) if watched else None
         held_out = Stage2Data(held_out, model, processor, data, args) if watched else None
     batches = RowBatches(accelerator, dataset, loop, dataset.groups, skipped)
     miner = Miner(dataset, model, args.hard_negative_refresh, batches.rows_ahead)
@@ -276,7 +284,7 @@ def main() -> None:
         )
     validation = None
     if held_out is not None:
-        validation = Validation(Stage2Objective(model), in_batches(held_out, data.feature_batch_size))
+        validation = Validation(Stage2Objective(model), in_batches(held_out, data.feature_batch_size), pictures)
     train(
         accelerator,
         Stage2Objective(model, miner),

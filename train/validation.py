@@ -1,6 +1,6 @@
 """Retrieval among rows held out of the training data: no benchmark is needed to see when to stop."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from gradients import Objective
@@ -15,10 +15,17 @@ class Validation:
     Args:
         objective: says which of its features are `target` and `reference`; a query's own reference is not ranked.
         batches: of held-out rows; their frozen features are computed here, once.
+        pictures: names of the rows' target and of their reference pictures, equal for equal ones. Embeddings of one
+            picture need not be equal: they differ in their last bits by the batch it was in.
     """
 
-    def __init__(self, objective: Objective, batches: Iterable[dict[str, torch.Tensor]]):
-        self.objective = objective
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Iterable[dict[str, torch.Tensor]],
+        pictures: tuple[Sequence, Sequence] | None = None,
+    ):
+        self.objective, self.pictures = objective, pictures
         self.features = []
         for batch in batches:
             features = objective.frozen({k: v.to(objective.device) for k, v in batch.items()})
@@ -38,8 +45,16 @@ class Validation:
             references.append(features[objective.reference].float())
         objective.train(was_training)
         queries, targets, references = torch.cat(queries), torch.cat(targets), torch.cat(references)
-        gallery, rows = torch.cat([targets, references]).unique(dim=0, return_inverse=True)
-        truths, own = rows[: len(targets)].tolist(), rows[len(targets) :].tolist()
+        gallery = torch.cat([targets, references])
+        if self.pictures is None:
+            gallery, rows = gallery.unique(dim=0, return_inverse=True)
+            rows = rows.tolist()
+        else:
+            first = {}
+            rows = [first.setdefault(name, len(first)) for names in self.pictures for name in names]
+            places = dict(zip(reversed(rows), reversed(range(len(rows))), strict=True))  # of each picture, the first
+            gallery = gallery[[places[row] for row in range(len(first))]]
+        truths, own = rows[: len(targets)], rows[len(targets) :]
         exclude = [[r] if r != t else [] for r, t in zip(own, truths, strict=True)]
         ranks = rank_gallery(queries, gallery, 1, truths=[[t] for t in truths], exclude=exclude).truth_ranks[:, 0]
         return {
