@@ -47,6 +47,20 @@ def test_near_captions_equal_all_pairs_written_out():
     assert found == expected and sum(map(len, found)) > 300
 
 
+def test_the_captions_that_are_asked_for_and_common_words(monkeypatch):
+    rng = np.random.default_rng(1)
+    captions = [["same", *rng.choice([f"w{i}" for i in range(20)], 3)] for _ in range(60)]
+    whole = list(near_captions(captions, range(60), 5, 0.1, 0.9, max_word_share=1.0))
+    asked = [7, 3, 59]
+    assert list(near_captions(captions, range(60), 5, 0.1, 0.9, 1.0, asked)) == [whole[i] for i in asked]
+    monkeypatch.setattr("caption_pairs.MAX_HOLDERS", 59)  # "same" finds nobody any more, but counts as before
+    fewer = list(near_captions(captions, range(60), 60, 0.1, 0.9, max_word_share=1.0))
+    others = list(near_captions(captions, range(60), 60, 0.1, 0.9, max_word_share=0.99))
+    for number, found in enumerate(fewer):
+        assert all(set(captions[number][1:]) & set(captions[i][1:]) for i in found)
+    assert fewer == others and any(len(found) < 59 for found in fewer)
+
+
 def test_captions_of_one_picture_and_captions_that_say_the_same_are_not_paired():
     captions = [words_of(c) for c in CAPTIONS]
     found = list(near_captions(captions, [0, 1, 2, 3, 4, 5], 3, 0.1, 0.95, max_word_share=1.0))

@@ -6,6 +6,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 
 import pytest
 import torch
@@ -123,6 +124,60 @@ def test_busy_servers_are_waited_for(server, write):
     start = time.perf_counter()
     found, _ = write([(429, "", {"Retry-After": "3600"})], pairs=2, max_wait=0.05)
     assert found[1] is None and time.perf_counter() - start < 2  # bounded, whatever the server asks for
+
+
+def test_a_model_that_never_writes_anything_usable_is_not_paid_to_the_end(server, write, monkeypatch):
+    """As one that thinks for longer than its answer may be."""
+    monkeypatch.setattr("language_model.HOPELESS", 6)
+    with pytest.raises(ValueError, match=r"nothing usable for \d pairs in a row, the last time: .*'<think> I must"):
+        write(["<think> I must look at both"], pairs=200, attempts=1)
+    assert len(server.requests) <= 12
+    found, _ = write(["No.", "No.", "No.", "No.", "No.", GOOD, "No.", "No.", "No.", "No.", GOOD], 12, attempts=1)
+    assert [text is None for text in found] == [True] * 5 + [False] + [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{",
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n\xff\xfe",
+        b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": ["a list"]}}]}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": "{}"}}], "usage": "much"}',
+        b"HTTP/1.1 200 OK\r\n\r\n[]",
+        b"",
+    ],
+)
+def test_no_reply_ends_the_run(tmp_path, reply):
+    class Handler(BaseRequestHandler):
+        count = 0
+
+        def handle(self):
+            self.request.recv(65536)
+            Handler.count += 1
+            good = json.dumps({"choices": [{"message": {"content": GOOD}}]}).encode()
+            self.request.sendall(reply if Handler.count == 1 else b"HTTP/1.1 200 OK\r\n\r\n" + good)
+
+    with TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = Endpoint(f"http://127.0.0.1:{server.server_address[1]}/v1", "model", timeout=5)
+        writer = Writer(endpoint, tmp_path / "answers.jsonl", attempts=2, first_wait=0.01)
+        found = list(writer.write([("a", "b"), ("c", "d")], workers=1))
+        server.shutdown()
+    assert found == ["make it red"] * 2 and Handler.count == 3
+
+
+def test_how_long_an_answer_may_be_can_be_told(server):
+    server.script = [GOOD]
+    Endpoint(server.url, "model", max_tokens=2000)("x")
+    assert server.requests[0]["max_tokens"] == 2000
+
+
+def test_equal_pairs_are_asked_once(server, tmp_path):
+    server.script = [GOOD]
+    writer = Writer(Endpoint(server.url, "model"), tmp_path / "answers.jsonl")
+    assert list(writer.write([("a star", "a ring")] * 9, workers=1)) == ["make it red"] * 9
+    assert len(server.requests) == 1
 
 
 def test_timeouts_and_broken_replies_are_bounded(server, write):

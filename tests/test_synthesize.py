@@ -1,8 +1,11 @@
+import argparse
 import json
 import os
 import random
 import shutil
+from collections import Counter
 
+import numpy as np
 import pytest
 import synthesize
 from caption_pairs import Change, words_of
@@ -64,6 +67,40 @@ def test_triplets_are_a_dataset_that_stage_two_reads(data, tmp_path, capsys):
     card = (tmp_path / "out/README.md").read_text("utf-8")
     assert '"kinds"' in card and card.startswith("---")
     assert run(data, tmp_path / "again")["modification"][:] == rows["modification"][:]  # the same seed
+
+
+def test_triplets_are_written_file_by_file(data, tmp_path, monkeypatch):
+    """As all pictures of many triplets would neither be held nor fit one Arrow column."""
+    whole = run(data, tmp_path / "whole")
+    monkeypatch.setattr(synthesize, "ROWS_PER_FILE", 4)
+    (tmp_path / "out/unfinished-data").mkdir(parents=True)  # of a run that was killed
+    shutil.copy(tmp_path / "whole/data/train-00000-of-00001.parquet", tmp_path / "out/unfinished-data/train-7.parquet")
+    rows = run(data, tmp_path / "out")
+    assert [path.name for path in sorted((tmp_path / "out/data").iterdir())] == [
+        "train-00000-of-00002.parquet", "train-00001-of-00002.parquet",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "data"]
+    assert rows.features == whole.features and len(rows) == 6
+    for row, other in zip(rows, whole, strict=True):
+        assert row["reference"].tobytes() == other["reference"].tobytes()
+        assert {k: v for k, v in row.items() if k not in ("reference", "target")} == {
+            k: v for k, v in other.items() if k not in ("reference", "target")
+        }
+
+
+def test_references_are_drawn_from_all_rows():
+    """And no more are looked at than give twice the triplets, as filters may drop half."""
+    words = [f"w{i}" for i in range(200)]
+    rng = np.random.default_rng(0)
+    captions = [list(rng.choice(words, 5)) for _ in range(1000)]
+    args = argparse.Namespace(num_triplets=20, min_similarity=0.1, max_similarity=0.95, seed=0)
+    pairs = synthesize.near_in_words(args, captions, list(range(1000)))
+    assert len(pairs) == len({row for row, _ in pairs}) == 40
+    assert 300 < np.median([row for row, _ in pairs]) < 700
+    assert pairs == synthesize.near_in_words(args, captions, list(range(1000)))
+    args.num_triplets = 1500  # three of each
+    found = Counter(row for row, _ in synthesize.near_in_words(args, captions, list(range(1000))))
+    assert len(found) == 1000 and set(found.values()) == {3}
 
 
 def test_filters_by_clip(data, tmp_path, clip_dir, capsys):
@@ -156,7 +193,9 @@ def test_an_endpoint_that_never_answers_is_named(data, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=r"m wrote nothing usable for \d+ pairs: .*Connection refused"):
         run(data, tmp_path / "a", *flags)
     monkeypatch.setattr("language_model.HOPELESS", 3)
-    with pytest.raises(SystemExit, match=r"m did not answer for \d pairs in a row, .*Connection refused.* goes on"):
+    with pytest.raises(
+        SystemExit, match=r"m wrote nothing usable for \d pairs in a row, .*Connection refused.* goes on"
+    ):
         run(data, tmp_path / "b", *flags)
 
 

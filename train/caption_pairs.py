@@ -3,12 +3,13 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 
 WORD = re.compile(r"[\w'-]+")
+MAX_HOLDERS = 2000  # so that the work for a caption does not grow with their number
 
 
 def words_of(caption: str) -> list[str]:
@@ -23,6 +24,7 @@ def near_captions(
     floor: float,
     ceiling: float,
     max_word_share: float = 0.05,
+    order: Iterable[int] | None = None,
 ) -> Iterator[list[int]]:
     """For each caption, up to `count` others, nearest first, each of another picture and of a picture not yet taken.
 
@@ -33,35 +35,42 @@ def near_captions(
         captions: their words.
         image_ids: the picture of each; captions of one picture are never paired.
         floor, ceiling: cosines outside are left out: pictures with little in common, captions that say the same.
-        max_word_share: words that stand in more captions than this share find no neighbours (they still count in the
-            cosine of those that others find).
+        max_word_share: words that stand in more captions than this share, or than MAX_HOLDERS, find no neighbours
+            (they still count in the cosine of those that others find).
+        order: numbers of the captions whose neighbours are wanted, as they are wanted; all of them unless told.
     """
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(w for caption in captions for w in caption))}
     rows = [np.unique([vocabulary[w] for w in caption]) if caption else np.empty(0, np.int64) for caption in captions]
-    frequency = np.bincount(np.concatenate(rows).astype(np.int64), minlength=len(vocabulary))
+    lengths = np.array([len(row) for row in rows])
+    words = np.concatenate(rows).astype(np.int64)  # of all captions, one behind the other
+    frequency = np.bincount(words, minlength=len(vocabulary))
     idf = np.log((1 + len(captions)) / (1 + frequency)) + 1
     norms = np.array([np.sqrt((idf[row] ** 2).sum()) or 1.0 for row in rows])
-    order = np.concatenate(rows).astype(np.int64)
-    owners = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    by_word = np.split(owners[np.argsort(order, kind="stable")], np.cumsum(frequency)[:-1])
-    rare = frequency <= max(2, max_word_share * len(captions))
+    owners = np.repeat(np.arange(len(rows)), lengths)
+    by_word = np.split(owners[np.argsort(words, kind="stable")], np.cumsum(frequency)[:-1])
+    rare = frequency <= max(2, min(MAX_HOLDERS, max_word_share * len(captions)))
+    starts = np.cumsum(lengths) - lengths
+    shared = np.zeros(len(vocabulary))  # what a word adds to the cosine with the caption that is looked at
     _, image_index = np.unique(np.asarray([str(i) for i in image_ids]), return_inverse=True)
-    for number, row in enumerate(rows):
+    for number in range(len(rows)) if order is None else order:
+        row = rows[number]
         finders = row[rare[row]]
         found = np.unique(np.concatenate([by_word[w] for w in finders])) if len(finders) else np.empty(0, np.int64)
-        yield _nearest(number, found, row, by_word, idf, norms, image_index, count, floor, ceiling)
+        found = found[image_index[found] != image_index[number]]
+        if not len(found):
+            yield []
+            continue
+        shared[row] = idf[row] ** 2
+        ends = np.cumsum(lengths[found])
+        places = np.arange(ends[-1]) + np.repeat(starts[found] - (ends - lengths[found]), lengths[found])
+        scores = np.add.reduceat(shared[words[places]], ends - lengths[found])
+        shared[row] = 0
+        cosines = scores / (norms[found] * norms[number])
+        inside = (cosines >= floor) & (cosines <= ceiling)
+        yield _first_of_each_picture(found[inside], cosines[inside], image_index, count)
 
 
-def _nearest(number, found, row, by_word, idf, norms, image_index, count, floor, ceiling) -> list[int]:
-    found = found[image_index[found] != image_index[number]]
-    if len(found) == 0:
-        return []
-    scores = np.zeros(len(norms))
-    for word in row:
-        scores[by_word[word]] += idf[word] ** 2
-    cosines = scores[found] / (norms[found] * norms[number])
-    inside = (cosines >= floor) & (cosines <= ceiling)
-    found, cosines = found[inside], cosines[inside]
+def _first_of_each_picture(found: np.ndarray, cosines: np.ndarray, image_index: np.ndarray, count: int) -> list[int]:
     best, taken = [], set()
     for place in np.argsort(-cosines, kind="stable"):
         picture = image_index[found[place]]

@@ -5,6 +5,7 @@ twice. Attempts are bounded; what stays unusable is counted by reason, never rep
 """
 
 import hashlib
+import http.client
 import itertools
 import json
 import re
@@ -24,7 +25,7 @@ Somebody looks at the first picture and wants the second. Write what they would 
 what to change, without describing what stays the same, and without the words "picture", "image" or "caption".
 Answer with JSON alone: {{"modification": "..."}}"""
 MAX_WORDS = 40
-HOPELESS = 32  # pairs in a row without any answer, after which an endpoint is left alone
+HOPELESS = 32  # pairs in a row without a usable answer, after which a model is left alone
 
 
 class UnusableAnswer(ValueError):
@@ -68,11 +69,20 @@ class Endpoint:
         model: its name there.
         api_key: sent as a bearer token.
         timeout: seconds for an answer.
+        max_tokens: of an answer, what a model thinks before it included.
     """
 
-    def __init__(self, url: str, model: str, api_key: str | None = None, timeout: float = 60.0, temperature=0.7):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        temperature: float = 0.7,
+        max_tokens: int = 120,
+    ):
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
-        self.api_key, self.timeout, self.temperature = api_key, timeout, temperature
+        self.api_key, self.timeout, self.temperature, self.max_tokens = api_key, timeout, temperature, max_tokens
 
     def __call__(self, prompt: str) -> tuple[str, dict]:
         """The answer's text, and the tokens it took. Raises `EndpointError`."""
@@ -80,7 +90,7 @@ class Endpoint:
             "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": self.temperature,
-            "max_tokens": 120,
+            "max_tokens": self.max_tokens,
         }
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
@@ -88,30 +98,33 @@ class Endpoint:
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
                 content = json.loads(response.read())
-            return content["choices"][0]["message"]["content"] or "", content.get("usage") or {}
+            answer, usage = content["choices"][0]["message"]["content"] or "", content.get("usage")
+            if not isinstance(answer, str):
+                raise TypeError(f"content is {answer!r}")
+            return answer, usage if isinstance(usage, dict) else {}
         except urllib.error.HTTPError as error:
             wait = error.headers.get("Retry-After", "")
             wait = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
             permanent = error.code not in (408, 409, 429) and error.code < 500
             raise EndpointError(f"HTTP {error.code}", wait, permanent) from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise EndpointError(f"no connection or timeout ({error})") from error
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        except (OSError, http.client.HTTPException) as error:
+            raise EndpointError(f"no connection or timeout ({str(error) or type(error).__name__})") from error
+        except (ValueError, KeyError, IndexError, TypeError) as error:
             raise EndpointError("an answer that is no chat completion") from error
 
 
 class ChatModel:
     """A chat model of `transformers`, run here. Raises what loading it raises."""
 
-    def __init__(self, name: str, temperature: float = 0.7):
+    def __init__(self, name: str, temperature: float = 0.7, max_tokens: int = 120):
         from transformers import pipeline
 
-        self.model, self.temperature = name, temperature
+        self.model, self.temperature, self.max_tokens = name, temperature, max_tokens
         self.generate = pipeline("text-generation", model=name)
 
     def __call__(self, prompt: str) -> tuple[str, dict]:
         messages = [{"role": "user", "content": prompt}]
-        output = self.generate(messages, max_new_tokens=120, do_sample=True, temperature=self.temperature)
+        output = self.generate(messages, max_new_tokens=self.max_tokens, do_sample=True, temperature=self.temperature)
         answer = output[0]["generated_text"][-1]["content"]
         tokenizer = self.generate.tokenizer
         return answer, {
@@ -136,6 +149,7 @@ class Writer:
         self.attempts, self.first_wait, self.max_wait = attempts, first_wait, max_wait
         self.known: dict[str, str] = {}
         self.report: Counter = Counter()
+        self.last = ""  # what went wrong, the last time something did
         if self.cache.is_file():
             for line in self.cache.read_text(encoding="utf-8").splitlines():
                 try:
@@ -151,7 +165,7 @@ class Writer:
         """A modification for each (reference caption, target caption), in order; None where none could be had.
 
         Raises:
-            ValueError: with what went wrong, when HOPELESS pairs in a row or more had no answer at all.
+            ValueError: with what went wrong, when HOPELESS pairs in a row or more had no usable answer.
         """
         unanswered = 0
         self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -163,9 +177,9 @@ class Writer:
             while ahead := list(itertools.islice(pairs, 4 * workers)):
                 for key, text, counts in pool.map(self._one, ahead):
                     self.report.update(counts)
-                    if counts["given up"] and not any(reason.startswith("unusable") for reason in counts):
-                        unanswered, why = unanswered + 1, [reason for reason in counts if reason != "given up"]
-                    elif not counts["from cache"]:
+                    if counts["given up"]:
+                        unanswered += 1
+                    elif counts["written"]:
                         unanswered = 0
                     if counts["written"]:
                         file.write(json.dumps({"key": key, "modification": text}) + "\n")
@@ -173,8 +187,8 @@ class Writer:
                     yield text
                 if unanswered >= HOPELESS:
                     raise ValueError(
-                        f"{self.ask.model} did not answer for {unanswered} pairs in a row, the last time: "
-                        f"{', '.join(why)}. What it wrote before is in {self.cache}, and the same command goes on"
+                        f"{self.ask.model} wrote nothing usable for {unanswered} pairs in a row, the last time: "
+                        f"{self.last}. What it wrote before is in {self.cache}, and the same command goes on"
                     )
 
     def _one(self, pair: tuple[str, str]) -> tuple[str, str | None, Counter]:
@@ -188,13 +202,15 @@ class Writer:
             try:
                 answer, tokens = self.ask(prompt)
                 counts.update({k: int(tokens.get(k) or 0) for k in ("prompt_tokens", "completion_tokens")})
-                text = parse_modification(answer)
+                text = self.known[key] = parse_modification(answer)
                 return key, text, counts + Counter({"written": 1})
             except UnusableAnswer as error:
                 counts[f"unusable answer: {error}"] += 1
+                self.last = f"{error} in {answer[:200]!r}"
                 wait = 0.0  # asking again at once may well help
             except EndpointError as error:
                 counts[str(error)] += 1
+                self.last = str(error)
                 if error.permanent:
                     break
                 wait = error.wait if error.wait is not None else wait

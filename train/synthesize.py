@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ FUNCTION_WORDS = ARTICLES | {
     "these", "this", "those", "to", "with",
 }  # fmt: skip
 ID_COLUMN = "image_id"
+ROWS_PER_FILE = 1000
 # What limits pairs: the default, what it is, and whether it is of pairs of pictures rather than of captions.
 LIMITS = {
     "min_similarity": (0.3, "cosine of two captions, by their words", False),
@@ -95,13 +97,20 @@ def trimmed(change: Change) -> Change:
 
 
 def near_in_words(args: argparse.Namespace, captions: list[list[str]], ids: list) -> list[tuple[int, int]]:
-    """(reference row, target row) of near captions, nearest first, spread evenly over references."""
-    # Twice as many as wanted, as filters drop some.
-    per_reference = max(1, -(-2 * args.num_triplets // len(captions)))
-    near = near_captions(captions, ids, per_reference, args.min_similarity, args.max_similarity)
-    lists = list(tqdm(near, total=len(captions), desc="nearest captions", unit="caption", mininterval=2))
+    """(reference row, target row) of near captions: of references drawn from all rows, each one's nearest first."""
+    wanted = 2 * args.num_triplets  # as filters drop some
+    order = random.Random(f"references {args.seed}").sample(range(len(captions)), len(captions))
+    per_reference = max(1, -(-wanted // len(captions)))
+    near = near_captions(captions, ids, per_reference, args.min_similarity, args.max_similarity, order=order)
+    lists, count = [], 0
+    for found in tqdm(near, total=len(captions), desc="nearest captions", unit="caption", mininterval=2):
+        lists.append(found)
+        count += len(found)
+        if count >= wanted:
+            break
     longest = max(map(len, lists), default=0)
-    return [(i, found[depth]) for depth in range(longest) for i, found in enumerate(lists) if len(found) > depth]
+    drawn = list(zip(order, lists, strict=False))
+    return [(row, found[depth]) for depth in range(longest) for row, found in drawn if len(found) > depth]
 
 
 def embeddings_of(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
@@ -154,9 +163,10 @@ def write_modifications(
             return [template_modification(captions[i], captions[j], rng) for i, j in pairs], {}
         return [(rng.choice(TEMPLATES["caption"]).format(caption=texts[j]), "caption") for _, j in pairs], {}
     if args.endpoint:
-        ask = Endpoint(args.endpoint, args.language_model, os.environ.get("OPENAI_API_KEY"), args.timeout)
+        key = os.environ.get("OPENAI_API_KEY")
+        ask = Endpoint(args.endpoint, args.language_model, key, args.timeout, max_tokens=args.max_tokens)
     else:
-        ask = ChatModel(args.language_model)
+        ask = ChatModel(args.language_model, max_tokens=args.max_tokens)
     writer = Writer(ask, args.output_dir / "answers.jsonl", args.attempts)
     written = writer.write([(texts[i], texts[j]) for i, j in pairs], args.workers if args.endpoint else 1)
     found = list(tqdm(written, total=len(pairs), desc=args.language_model, unit="text"))
@@ -217,11 +227,27 @@ def synthesize(args: argparse.Namespace) -> dict:
 
 
 def write_triplets(rows: Dataset, ids: list, texts: list[str], kept: list[tuple], args: argparse.Namespace) -> None:
-    has_images = args.image_column in rows.column_names
-    columns = {}
-    if has_images:
+    """Written aside and moved into place whole; memory holds ROWS_PER_FILE."""
+    aside, final = args.output_dir / "unfinished-data", args.output_dir / "data"
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside.mkdir(parents=True)
+    starts = range(0, len(kept), ROWS_PER_FILE)
+    for number, start in enumerate(starts):
+        table = table_of(rows, ids, texts, kept[start : start + ROWS_PER_FILE], args)
+        table.to_parquet(aside / f"train-{number:05d}-of-{len(starts):05d}.parquet")
+    final.mkdir(exist_ok=True)
+    for file in aside.iterdir():
+        os.replace(file, final / file.name)
+    aside.rmdir()
+
+
+def table_of(rows: Dataset, ids: list, texts: list[str], kept: list[tuple], args: argparse.Namespace) -> Dataset:
+    """Some of the triplets, (reference row, target row, modification, kind), as they are written."""
+    columns, features = {}, {}
+    if args.image_column in rows.column_names:
         pictures = rows[args.image_column]
         columns = {"reference": [pictures[i] for i, *_ in kept], "target": [pictures[j] for _, j, *_ in kept]}
+        features = {name: ImageFeature() for name in columns}
     columns |= {
         "modification": [text for *_, text, _ in kept],
         "source": [args.dataset_name] * len(kept),
@@ -232,11 +258,8 @@ def write_triplets(rows: Dataset, ids: list, texts: list[str], kept: list[tuple]
         "reference_caption": [texts[i] for i, *_ in kept],
         "target_caption": [texts[j] for _, j, *_ in kept],
     }
-    image = {name: ImageFeature() for name in ("reference", "target")} if has_images else {}
-    features = Features({name: image.get(name, Value("string")) for name in columns})
-    folder = args.output_dir / "data"
-    folder.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(columns, features=features).to_parquet(folder / "train-00000-of-00001.parquet")
+    features |= {name: Value("string") for name in columns if name not in features}
+    return Dataset.from_dict(columns, features=Features(features))
 
 
 def write_card(args: argparse.Namespace, report: dict) -> None:
@@ -284,6 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--language_model", help="of high quality: a name at the endpoint, or a transformers model")
     parser.add_argument("--endpoint", help="http://host:port/v1; the key is read from OPENAI_API_KEY")
     parser.add_argument("--attempts", type=int, default=4, help="requests a pair at most")
+    parser.add_argument("--max_tokens", type=int, default=120, help="of an answer; more for a model that thinks first")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer")
     parser.add_argument("--workers", type=int, default=8, help="requests at a time")
     parser.add_argument("--prompt_price", type=float, default=0.0, help="of a million tokens, for the cost report")
