@@ -78,7 +78,8 @@ def report(
         f"# The miniature's {title}\n",
         f"Seeds {', '.join(map(str, seeds))}; queries: "
         + ", ".join(f"{n:,} ({shown[m]})" for m, n in counts.items())
-        + ". Percent, mean over seeds, and 95% intervals: a bootstrap over references, and Student's t over seeds.\n",
+        + ". Percent, mean over seeds, and 95% intervals: a bootstrap over references, and "
+        + ("Student's t over seeds.\n" if len(seeds) > 1 else "nothing for seeds: one seed tells of no claim.\n"),
         "| run | " + " | ".join(shown.values()) + " |",
         "|" + "---|" * (len(shown) + 1),
     ]

@@ -55,7 +55,11 @@ def compared(parts: Sequence[tuple[np.ndarray, Sequence]], seed: int = 0, resamp
 
     What references add to its uncertainty is a bootstrap's, benchmark by benchmark. Of seeds, which are few, and which
     are the same models on every benchmark, it is Student's t of their means over all benchmarks: five seeds drawn anew
-    would spread too little, and too little again if each benchmark drew its own. The interval is that of their sum.
+    would spread too little, and too little again if each benchmark drew its own. The interval is that of their sum. Of
+    one seed it is of references alone, and p is 1: how far another seed would be from it is not known.
+
+    Benchmarks are taken for independent, though some share references: on the miniature that makes the references'
+    share of an interval up to a twentieth too narrow.
 
     Args:
         parts: for each benchmark, differences [S, Q] of two runs, by seed and query, and the queries' clusters.
@@ -71,7 +75,7 @@ def compared(parts: Sequence[tuple[np.ndarray, Sequence]], seed: int = 0, resamp
     if (seeds := len(of_seeds)) > 1:
         means += of_seeds.std(ddof=1) / seeds**0.5 * rng.permutation(students_t(seeds - 1, len(means)))
     low, high = np.quantile(means, [0.025, 0.975])
-    tail = min((means <= 0).mean(), (means >= 0).mean())
+    tail = min((means <= 0).mean(), (means >= 0).mean()) if seeds > 1 else 1.0
     return Effect(float(of_seeds.mean()), float(low), float(high), float(min(1.0, 2 * max(tail, 1 / len(means)))))
 
 

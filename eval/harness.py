@@ -43,7 +43,7 @@ class Benchmark:
         protocol: (arguments) to the switches that decide the figures.
         splits: choices of `--split`.
         published_counts: (arguments) to the numbers of queries and gallery pictures of the published benchmark, by
-            category.
+            category; of one without a gallery, of pictures in each query's list.
         submissions: (split, rankings) to file names and contents, checked against the server's rules; for test splits.
         submission_files: these names.
         add_arguments: adds the switches to the parser.
@@ -316,10 +316,18 @@ def published_counts(benchmark: Benchmark, args, splits: dict[str, Split]) -> di
     found = {}
     for category, split in splits.items():
         expected = published.get(category, (None, None))
-        own = len(split.query_ids), split.gallery_size or len(split.image_ids)
+        own = len(split.query_ids), gallery_count(split)[0]
         same = all(e is None or e == o for e, o in zip(expected, own, strict=True))
         found[category or benchmark.name] = {"queries": expected[0], "gallery_images": expected[1], "same": same}
     return found
+
+
+def gallery_count(split: Split) -> tuple[int | str, str]:
+    """How many pictures a query ranks, and what these are."""
+    if split.gallery_size or split.candidates is None:
+        return split.gallery_size or len(split.image_ids), "pictures"
+    lengths = sorted({len(candidates) for candidates in split.candidates})
+    return lengths[0] if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}", "pictures a query"
 
 
 def check_data(benchmark: Benchmark, args: argparse.Namespace) -> None:
@@ -331,9 +339,10 @@ def check_data(benchmark: Benchmark, args: argparse.Namespace) -> None:
     bad, total = [], 0
     for category, split in benchmark.load(args).items():
         published = benchmark.published_counts(args).get(category, (None, None))
-        found = len(split.query_ids), split.gallery_size or len(split.image_ids)
+        pictures, what_pictures = gallery_count(split)
+        found = len(split.query_ids), pictures
         label = " ".join(filter(None, (benchmark.name, category, args.split)))
-        for what, number, expected in zip(("queries", "pictures"), found, published, strict=True):
+        for what, number, expected in zip(("queries", what_pictures), found, published, strict=True):
             note = f", as published: {expected}" if expected == number else f", but published: {expected}"
             sys.stdout.write(f"{label}: {number} {what}{'' if expected is None else note}\n")
         own = find_bad_images(split.sources, split.image_ids)

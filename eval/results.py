@@ -111,6 +111,10 @@ def notes(results: dict[str, object]) -> list[str]:
     lines = []
     if residual := results["residual"]:
         lines.append(f"Note: queries have {residual:g} of what pseudo-words leave out of their pictures (--residual).")
+    if weight := results["weight"]:
+        moved = f"queries are moved by {abs(weight):g} towards their {'texts' if weight > 0 else 'pictures'}"
+        share = f"the text's share in {results['method']} is {weight:g}"
+        lines.append(f"Note: {moved if results['method'] == 'tscir' else share} (--weight).")
     for name, published in results["published_counts"].items():
         if not published["same"]:
             numbers = (published["queries"], "queries"), (published["gallery_images"], "pictures")

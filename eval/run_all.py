@@ -95,7 +95,12 @@ def table(results: dict[str, dict], model: str) -> str:
         cells = [f"{row[name]:.2f}" if name in row else "" for name in COLUMNS]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + f" | {row['source']} |")
     lines += ["", f"Published rows: {known['setting']}. Val and test figures of CIRR and CIRCO cannot be compared."]
-    lines += [note for several in results.values() for note in notes(several)]
+    of_note: dict[str, list[str]] = {}
+    for name, several in results.items():
+        for note in notes(several):
+            of_note.setdefault(note, []).append(name)
+    for note, names in of_note.items():  # said once where it is so of all
+        lines.append(note if len(names) == len(results) else note.replace("Note", f"Note, {', '.join(names)}", 1))
     return "\n".join(lines)
 
 

@@ -37,6 +37,14 @@ def test_seeds_count_as_the_few_that_they_are():
     assert opposite.ci_high - opposite.ci_low < 1e-9
 
 
+def test_one_seed_tells_nothing():
+    """However clear it is that its two models differ."""
+    values = np.random.default_rng(0).normal(1, 0.1, size=(1, 200))
+    alone = compared([(values, np.arange(200))])
+    assert alone.ci_low > 0.9 and alone.p_value == 1 and verdict(alone, alone.p_value) == "cannot be told"
+    assert compared([(np.repeat(values, 2, axis=0), np.arange(200))]).p_value < 0.001
+
+
 @pytest.mark.parametrize("shared", [0.0, 0.7])
 def test_nothing_is_told_where_nothing_is(shared):
     """Of 400 comparisons of equals a twentieth are told apart, whether benchmarks share their seeds' luck or not."""

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import genecis
 import numpy as np
 import pytest
 import torch
 from conftest import slow_rank, write_json
-from harness import parse_arguments, rank
+from harness import parse_arguments, published_counts, rank
 from PIL import Image
 from splits import Split
 
@@ -65,6 +66,21 @@ def test_all_tasks_run(folder, run_script, model_dir):
     assert (rankings.target_rank_among_candidates == 1).mean() == pytest.approx(np.mean(tasks))
 
 
+def test_lists_of_another_length_are_not_the_published_ones(folder):
+    task = genecis.GENECIS
+    args = parse_arguments(task, ["--data_dir", str(folder), "--check_data"])
+    splits = load(folder)
+    assert published_counts(task, args, splits)["focus_object"] == {
+        "queries": 1960,
+        "gallery_images": 15,
+        "same": False,
+    }
+    for shortest, same in ((15, True), (14, False)):
+        lists = [list(range(15))] * 1959 + [list(range(shortest))]
+        split = replace(splits["focus_object"], query_ids=list(range(1960)), candidates=lists)
+        assert published_counts(task, args, {"focus_object": split})["focus_object"]["same"] == same
+
+
 def test_where_the_target_stands_in_the_list_does_not_matter():
     rng = np.random.default_rng(0)
     gallery = torch.from_numpy(rng.integers(-1, 2, (50, 3))).float()
@@ -109,6 +125,22 @@ def test_what_is_wrong_is_named(folder):
     records[1]["gallery"][0] = {"image_id": 3}
     write_json(path, records)
     with pytest.raises(ValueError, match=r"record 1 lacks 'instance_bbox'"):
+        load(folder)
+    good = {"image_id": 5, "instance_bbox": [1, 2, 3, 4]}
+    for box in (["1", "2", "3", "4"], [1, 2, None, 4], [1, 2, 3], [1, 2, float("nan"), 4], [True, 2, "3", 4]):
+        records[1]["gallery"] = [good | {"instance_bbox": box}]
+        write_json(path, records)
+        with pytest.raises(ValueError, match=r"record 1 has the box .*, which is no \[x, y, width, height\]"):
+            load(folder)
+    for gallery, wrong in (([], "is empty"), ([good, records[1]["target"]], "holds the target"),
+                           ([good, good], "has a picture twice")):  # fmt: skip
+        records[1]["gallery"] = gallery
+        write_json(path, records)
+        with pytest.raises(ValueError, match=f"focus_attribute.json, record 1: its gallery {wrong}"):
+            load(folder)
+    records[1]["gallery"] = [3, 4]
+    write_json(path, records)
+    with pytest.raises(ValueError, match=r"record 1 has 'gallery' = \[3, 4\], which is no list of dict"):
         load(folder)
     (folder / "genecis/change_object.json").unlink()
     path.unlink()

@@ -32,6 +32,19 @@ def test_one_command_gives_one_table(data, model_dir, capsys):
     assert all(row["source"] for row in summary["published"]["rows"])
 
 
+def test_notes_tell_all_that_is_other_and_of_which_benchmark(data, model_dir):
+    (data / "CIRR/dev/val-2.png").write_bytes(b"")
+    run(data, model_dir, "--on_bad_image", "skip", "--residual", 0.5, "--weight", -0.1)
+    notes = [line for line in (data / "out/table.md").read_text("utf-8").splitlines() if line.startswith("Note")]
+    assert notes[:2] == [
+        "Note: queries have 0.5 of what pseudo-words leave out of their pictures (--residual).",
+        "Note: queries are moved by 0.1 towards their pictures (--weight).",
+    ]
+    assert len(notes) == len(set(notes)) and any(note.startswith("Note, cirr: 1 pictures were") for note in notes)
+    run(data, model_dir, "--on_bad_image", "skip", "--method", "sum", "--weight", 0.6)
+    assert "Note: the text's share in sum is 0.6 (--weight)." in (data / "out/table.md").read_text("utf-8")
+
+
 def test_a_test_run_writes_the_submissions(data, model_dir):
     run(data, model_dir, "--split", "test", "--benchmarks", "cirr", "circo", "fashioniq")
     written = {str(path.relative_to(data / "out")) for path in (data / "out").rglob("*submission*")}
