@@ -261,6 +261,14 @@ def test_stage_two_from_a_whole_model_whose_backbone_cannot_be_found(
         assert model.config.stage == 2 and all(torch.equal(found[k], v) for k, v in clip.items())
 
 
+@pytest.mark.parametrize(("flag", "expected"), [([], "bf16"), (["--mixed_precision", "no"], "no")])
+def test_the_launchers_precision_is_taken_unless_told(launch, clip_dir, tmp_path, monkeypatch, flag, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as accelerate launch and accelerate config set it
+    launch(stage1_script, clip_dir, tmp_path, "--max_steps", 1, *flag)
+    record = json.loads((tmp_path / "training_arguments.json").read_text("utf-8"))
+    assert record["mixed_precision"] == expected
+
+
 def test_bf16_clipping_tensorboard_and_workers(launch, clip_dir, tmp_path):
     flags = [
         "--mixed_precision",

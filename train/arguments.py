@@ -35,7 +35,9 @@ class LoopArguments:
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps in all; -1 leaves it to num_train_epochs."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 never."})
     seed: int = field(default=0, metadata={"help": "Of initialisation, order of data and dropout."})
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16 autocast."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, bf16 or fp16 autocast; accelerate's own setting, or no, unless told."}
+    )
     torch_compile: bool = field(
         default=False, metadata={"help": "Compile the towers' encoders, which pays on GPUs; the same up to rounding."}
     )

@@ -89,6 +89,7 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, automatic_checkpoint_naming=False),
     )
+    args.mixed_precision = accelerator.mixed_precision
     set_seed(args.seed)
     # Before any feature is computed, as that may take hours.
     refuse_unwritable_folder(args.output_dir)
