@@ -21,6 +21,11 @@ from .ranking import top_k as rank
 logger = logging.get_logger(__name__)
 
 
+def check_batch_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"batch_size is how many go into a forward pass, at least 1, not {size}")
+
+
 class ComposedImageRetrievalPipeline(Pipeline):
     """Search a gallery of pictures by a reference picture and a modification text.
 
@@ -87,6 +92,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             images.check(self.model, self.processor)
             self.gallery, self.gallery_embeds = images, None
             return self
+        check_batch_size(batch_size)
         sources, ids = gallery_of(images, image_column, id_column)
         fetched = None
         if isinstance(sources, list) and any(is_url(source) for source in sources):
@@ -145,6 +151,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             {**self._postprocess_params, **postprocess},
         )
         size = batch_size or self._batch_size or 64
+        check_batch_size(size)
         results = []
         for start in range(0, len(queries), size):
             results += self.run_single(queries[start : start + size], preprocess, forward, postprocess)
@@ -198,7 +205,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         inputs: dict = {
             "kinds": kinds,
             "image_counts": [sum(isinstance(part, Picture) for part in q) for q in queries],
-            "has_text": [any(part for part in q if isinstance(part, str)) for q in queries],
+            "has_text": [any(part.strip() for part in q if isinstance(part, str)) for q in queries],
         }
         if pictures:
             inputs["pixel_values"] = self._pixel_values(pictures).to(self.model.dtype)
@@ -280,7 +287,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         if embeds_only:
             return queries
         if self.gallery is not None:
-            results = self.gallery.search(queries, top_k, where, exclude, exact)
+            results = self.gallery.search(queries, int(top_k), where, exclude, exact)
         elif where is not None or exclude or exact:
             raise ValueError("where, exclude and exact need a gallery on disk: index(Gallery.load(folder))")
         else:

@@ -175,6 +175,9 @@ def test_misuse_is_explained(cir, pictures):
     for odd in ("5", 0, 2.5):
         with pytest.raises(ValueError, match="top_k"):
             cir(text="red", top_k=odd)
+    for call in (lambda: cir(text="red", batch_size=-1), lambda: cir.index(pictures, batch_size=0)):
+        with pytest.raises(ValueError, match="batch_size is how many"):
+            call()
     with pytest.raises(ValueError, match="content= holds"):
         cir(image=pictures[0], content=[pictures[0], "red"])
     with pytest.raises(ValueError, match="where, exclude and exact need a gallery"):
@@ -285,6 +288,12 @@ def test_saving_a_pipeline_gives_a_folder_that_loads(cir, pictures, tmp_path):
     cir.save_pretrained(tmp_path / "saved")
     again = pipeline("composed-image-retrieval", model=str(tmp_path / "saved")).index(pictures)
     assert [r["id"] for r in again(image=pictures[0], text="red")] == expected
+
+
+def test_blanks_are_no_text(stage0, processor, pictures):
+    cir = ComposedImageRetrievalPipeline(model=stage0, processor=processor).index(pictures)
+    for text in ("", "  ", "\n"):
+        assert torch.allclose(cir.embed(image=pictures[0], text=text), cir.embed(image=pictures[0]), atol=1e-6)
 
 
 def test_plain_clip_answers_and_says_so(stage0, processor, pictures, caplog):
