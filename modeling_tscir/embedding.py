@@ -12,6 +12,9 @@ from tqdm.auto import tqdm
 from .images import ImageSource, Selected
 
 
+TEXTS_A_BATCH = 256
+
+
 def batches_ahead(model) -> int:
     """How many batches to decode beside a forward pass: none on a CPU, as both would want all of its cores."""
     return 0 if model.device.type == "cpu" else 2
@@ -91,7 +94,7 @@ def embed_images_with_patches(
 
 @torch.no_grad()
 def embed_texts(
-    model, processor, texts: Sequence[str], batch_size: int = 256, progress: bool | str = False
+    model, processor, texts: Sequence[str], batch_size: int = TEXTS_A_BATCH, progress: bool | str = False
 ) -> torch.Tensor:
     """L2-normalised embeddings [len(texts), D] of plain texts, fp32, on the CPU; like lengths share a batch."""
     embeds = torch.empty(len(texts), model.config.clip_config.projection_dim)

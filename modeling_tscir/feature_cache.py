@@ -85,15 +85,29 @@ def is_cached(folder: str | os.PathLike, key: str) -> bool:
 
 def cached(folder: str | os.PathLike | None, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
     """The tensor kept under `key`, computed and kept if it is not there or cannot be read; no folder, no cache."""
+    features = kept(folder, key)
+    if features is None:
+        features = compute()
+        keep(folder, key, features)
+    return features
+
+
+def kept(folder: str | os.PathLike | None, key: str) -> torch.Tensor | None:
+    """The tensor kept under `key`; None if it is not there, or with a warning if it cannot be read."""
+    if folder is None or not (path := _path(folder, key)).is_file():
+        return None
+    try:
+        return load_file(path)["features"]
+    except (SafetensorError, KeyError, OSError) as error:
+        logger.warning(f"{path} cannot be read ({error}); computing it again")
+        return None
+
+
+def keep(folder: str | os.PathLike | None, key: str, features: torch.Tensor) -> None:
+    """Keep a tensor under `key`; a warning where it cannot be written."""
     if folder is None:
-        return compute()
+        return
     path = _path(folder, key)
-    if path.is_file():
-        try:
-            return load_file(path)["features"]
-        except (SafetensorError, KeyError, OSError) as error:
-            logger.warning(f"{path} cannot be read ({error}); computing it again")
-    features = compute()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +118,6 @@ def cached(folder: str | os.PathLike | None, key: str, compute: Callable[[], tor
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-    return features
 
 
 def _path(folder: str | os.PathLike, key: str) -> Path:

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shared
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, randomised
+from conftest import ROOT, noise, randomised
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
+from shared import parts_of
 
 
 def torchrun(processes: int, *command) -> dict:
@@ -75,6 +77,64 @@ def test_loss_and_gradients_of_two_processes_are_those_of_one(stage1, processor,
         for found in (gradient, two[name]):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert all(any(g.abs().max() > 1e-3 for n, g in one.items() if n.startswith(stage)) for stage in ("1", "2"))
+
+
+def test_frozen_features_are_computed_once_by_two_processes(stage1, processor, tmp_path):
+    """To the bit those of one, as every picture is in the batch it would be in alone."""
+    stage1.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    files = [str(tmp_path / f"{i}.png") for i in range(30)]
+    for i, file in enumerate(files):
+        noise(i).save(file)
+    texts = [f"text {i}" for i in range(24)]
+    captions = {"image": files[:24], "caption": texts}
+    triplets = {"reference": [files[24 + i // 4] for i in range(24)], "modification": texts, "target": files[:24]}
+    for name, columns in (("captions", captions), ("triplets", triplets)):
+        features = {k: Value("string") if v is texts else ImageFeature() for k, v in columns.items()}
+        paths = {k: v if v is texts else [{"bytes": None, "path": file} for file in v] for k, v in columns.items()}
+        Dataset.from_dict(paths, features=Features(features)).to_parquet(tmp_path / name / "train.parquet")
+    for number in (5, 17):
+        Path(files[number]).write_bytes(b"nothing")
+    found = {}
+    for run, processes, cache in (("alone", 1, ""), ("both", 2, tmp_path / "cache"), ("again", 2, tmp_path / "cache")):
+        given = tmp_path, tmp_path / "model", cache, tmp_path / run
+        run_to_its_end(processes, ROOT / "tests/two_processes_data.py", *given)
+        found[run] = [load_file(tmp_path / f"{run}-{n}.safetensors") for n in range(processes)]
+    (alone,) = found["alone"]
+    assert alone["bad"].tolist() == [5, 17, 5, 17] and len(alone["image_embeds"]) == 22
+    for one in found["both"] + found["again"]:
+        assert all(torch.equal(one[name], tensor) for name, tensor in alone.items() if name != "decoded")
+    counts = {run: [int(one["decoded"]) for one in several] for run, several in found.items()}
+    assert counts["alone"] == [22 + 6 + 22] and counts["again"] == [0, 0]
+    assert sum(counts["both"]) == 22 + 6 and min(counts["both"]) > 8  # targets are stage I's pictures
+
+
+def test_parts_are_whole_batches_in_order():
+    for count, size, processes in ((22, 4, 2), (100, 8, 3), (5, 8, 4), (0, 4, 2), (64, 64, 2)):
+        parts = parts_of(count, size, processes)
+        assert len(parts) == processes and [row for part in parts for row in part] == list(range(count))
+        assert all(part.start % size == 0 for part in parts if part)
+
+
+def test_rows_of_unequal_parts_are_put_together_piece_by_piece(monkeypatch):
+    monkeypatch.setattr(shared, "BYTES_AT_A_TIME", 24)
+    whole = torch.arange(28).reshape(14, 2).to(torch.bfloat16)
+    lengths = [6, 5, 3]
+    own = list(whole.split(lengths))
+    sent = []
+
+    def all_gather(piece):  # as the first process sees it: the others send their rows from the same place on
+        first = sum(map(len, sent))
+        sent.append(piece)
+        padded = [torch.cat([part, torch.zeros(14, 2).to(part)]) for part in own]
+        return torch.cat([part[first : first + len(piece)] for part in padded])
+
+    monkeypatch.setattr(shared, "gather", all_gather)
+    assert torch.equal(shared.together(own[0], lengths, torch.device("cpu")), whole)
+    assert len(sent) == 1 and len(sent[0]) == 6
+    monkeypatch.setattr(shared, "BYTES_AT_A_TIME", 8)
+    sent.clear()
+    assert torch.equal(shared.together(own[0], lengths, torch.device("cpu")), whole) and len(sent) == 3
 
 
 def descendants(pid: int) -> list[int]:

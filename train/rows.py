@@ -13,9 +13,10 @@ from accelerate import Accelerator, skip_first_batches
 from arguments import DataArguments, LoopArguments
 from datasets import Dataset, IterableDataset, load_dataset_builder
 from datasets import Image as ImageFeature
+from shared import bad_images
 
 from modeling_tscir.feature_cache import digest, state_of
-from modeling_tscir.images import find_bad_images, handle_bad_images
+from modeling_tscir.images import handle_bad_images
 
 
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -120,7 +121,7 @@ def load_rows(
         if column in images:
             rows = rows.cast_column(column, ImageFeature(decode=False))
             names = [f"row {i}, column {column}{file_of(picture)}" for i, picture in enumerate(rows[column])]
-            bad += find_bad_images(rows[column], names)
+            bad += bad_images(rows[column], names)
         else:
             names = [f"row {i}, column {column}" for i in range(len(rows))]
             problems = (text_problem(text, column) for text in rows[column])

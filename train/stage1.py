@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import shared
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -22,8 +23,8 @@ from stream import Examples, StreamBatches, hold_out_shard, load_stream, shard_b
 from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
-from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_texts
-from modeling_tscir.feature_cache import cached, feature_key, pictures_digest
+from modeling_tscir.embedding import TEXTS_A_BATCH, embed_images, embed_images_with_patches, embed_texts
+from modeling_tscir.feature_cache import feature_key, pictures_digest
 from modeling_tscir.images import load_image
 from modeling_tscir.losses import info_nce_loss, soft_alignment_loss
 
@@ -86,17 +87,19 @@ class Stage1Data(torch.utils.data.Dataset):
         if folder is not None:
             key = feature_key(model, processor, [pictures_digest(self.images), precision(model)])
         if not model.mapper.needs_patches:
-            self.image_embeds = cached(
-                folder, key, lambda: embed_images(model, processor, self.images, size, progress="images")
+            self.image_embeds = shared.cached(
+                folder, key, lambda: shared.features(embed_images, model, processor, self.images, size, "images")
             )
         elif needed_gb <= data.feature_cache_gb:
             both = functools.cache(
-                lambda: embed_images_with_patches(model, processor, self.images, size, progress="images")
+                lambda: shared.features(embed_images_with_patches, model, processor, self.images, size, "images")
             )
-            self.image_embeds = cached(folder, key, lambda: both()[0])
-            self.patch_states = cached(folder, f"{key}-patches", lambda: both()[1])
+            self.image_embeds = shared.cached(folder, key, lambda: both()[0])
+            self.patch_states = shared.cached(folder, f"{key}-patches", lambda: both()[1])
         key = feature_key(model, processor, ["texts", captions, precision(model)])
-        self.caption_embeds = cached(folder, key, lambda: embed_texts(model, processor, captions, progress="captions"))
+        self.caption_embeds = shared.cached(
+            folder, key, lambda: shared.features(embed_texts, model, processor, captions, TEXTS_A_BATCH, "captions")
+        )
 
     def __len__(self) -> int:
         return len(self.caption_embeds)
@@ -222,9 +225,10 @@ def row_data(
     rows, held_out = hold_out(rows, data.validation_rows, loop.seed)
     dataset = Stage1Data(rows, model, processor, data, args)
     batches = RowBatches(accelerator, dataset, loop, skipped=skipped)
-    if held_out is None or not accelerator.is_main_process:
+    if held_out is None:
         return batches, None
-    return batches, in_batches(Stage1Data(held_out, model, processor, data, args), data.feature_batch_size)
+    watched = Stage1Data(held_out, model, processor, data, args)  # in all processes, which share the work
+    return batches, in_batches(watched, data.feature_batch_size)
 
 
 def stream_data(

@@ -13,6 +13,7 @@ II, training goes on with its adapters: first on many texts, say, then on few pi
 import functools
 from dataclasses import dataclass, field
 
+import shared
 import torch
 from arguments import DataArguments, LoopArguments, parse_arguments, run_as_script
 from checkpoints import keep_backbone
@@ -26,8 +27,8 @@ from validation import Validation
 
 from modeling_tscir import TSCIRConfig, TSCIRModel, TSCIRProcessor
 from modeling_tscir.backbone import fingerprint_of_tensors
-from modeling_tscir.embedding import embed_images, embed_references, embed_texts
-from modeling_tscir.feature_cache import cached, feature_key, picture_name, pictures_digest
+from modeling_tscir.embedding import TEXTS_A_BATCH, embed_images, embed_references, embed_texts
+from modeling_tscir.feature_cache import feature_key, picture_name, pictures_digest
 from modeling_tscir.images import Selected
 from modeling_tscir.losses import composing_loss
 
@@ -115,24 +116,27 @@ class Stage2Data(torch.utils.data.Dataset):
         position = {row: i for i, row in enumerate(unique)}
         self.references = torch.tensor([position[first] for first in firsts])  # [rows], each row's among them
         references, targets = Selected(rows[args.reference_column], unique), rows[args.target_column]
-        both = functools.cache(
-            lambda: embed_references(model, self.processor, references, size, progress="references")
-        )
         keys = ["", ""]
         if folder is not None:
             contents = [[pictures_digest(references), mapper_key(model)], [pictures_digest(targets)]]
             keys = [feature_key(model, self.processor, [*content, precision(model)]) for content in contents]
-        self.reference_embeds = cached(folder, keys[0], lambda: both()[0])
-        self.pseudo_words = cached(folder, f"{keys[0]}-pseudo-words", lambda: both()[1])
-        self.target_embeds = cached(
-            folder, keys[1], lambda: embed_images(model, self.processor, targets, size, progress="targets")
+        both = functools.cache(
+            lambda: shared.features(embed_references, model, self.processor, references, size, "references")
+        )
+        self.reference_embeds = shared.cached(folder, keys[0], lambda: both()[0])
+        self.pseudo_words = shared.cached(folder, f"{keys[0]}-pseudo-words", lambda: both()[1])
+        self.target_embeds = shared.cached(
+            folder,
+            keys[1],
+            lambda: shared.features(embed_images, model, self.processor, targets, size, "targets"),
         )
         self.target_ids = torch.tensor(first_of_each(names_of(rows, args.target_id_column, args.target_column)))
 
     def _embed_captions(self, rows: Dataset, model: TSCIRModel, args: Stage2Arguments) -> None:
         targets = list(rows[args.target_caption_column])
-        self.reference_embeds = embed_texts(model, self.processor, self.captions, progress="reference captions")
-        self.target_embeds = embed_texts(model, self.processor, targets, progress="target captions")
+        given = embed_texts, model, self.processor
+        self.reference_embeds = shared.features(*given, self.captions, TEXTS_A_BATCH, "reference captions")
+        self.target_embeds = shared.features(*given, targets, TEXTS_A_BATCH, "target captions")
         self.references = torch.arange(len(rows))
         self.pseudo_words = torch.empty(len(rows), 0, model.config.clip_config.text_config.hidden_size)
         self.target_ids = torch.tensor(first_of_each(targets))
@@ -271,9 +275,8 @@ def main() -> None:
     rows, held_out = hold_out(rows, data.validation_rows, loop.seed, group_names(rows, args))
     with bf16_where_fast(model.device, asked=loop.mixed_precision == "bf16"):
         dataset = Stage2Data(rows, model, processor, data, args)
-        watched = held_out is not None and accelerator.is_main_process
-        pictures = pictures_of(held_out, args) if watched else None
-        held_out = Stage2Data(held_out, model, processor, data, args) if watched else None
+        pictures = pictures_of(held_out, args) if held_out is not None else None
+        held_out = Stage2Data(held_out, model, processor, data, args) if held_out is not None else None
     batches = RowBatches(accelerator, dataset, loop, dataset.groups, skipped)
     miner = Miner(dataset, model, args.hard_negative_refresh, batches.rows_ahead)
     steps = steps_of(loop, batches)
@@ -283,7 +286,7 @@ def main() -> None:
             f"{args.hard_negative_refresh} steps, and the run has {steps}; lower --hard_negative_refresh"
         )
     validation = None
-    if held_out is not None:
+    if held_out is not None and accelerator.is_main_process:
         validation = Validation(Stage2Objective(model), in_batches(held_out, data.feature_batch_size), pictures)
     train(
         accelerator,
