@@ -92,9 +92,8 @@ def load_task(args: argparse.Namespace, task: str) -> Split:
         columns["texts"].append((field(record, "condition", str, where),))
         columns["truths"].append([target])
         others = [place(picture) for picture in list_of(record, "gallery", dict, where)]
-        if not others or target in others or len(set(others)) < len(others):
-            wrong = "is empty" if not others else "holds the target" if target in others else "has a picture twice"
-            raise ValueError(f"{where}: its gallery {wrong}; it is of the wrong candidates, each once")
+        if target in others:
+            raise ValueError(f"{where}: its gallery holds the target; it is of the wrong candidates alone")
         columns["candidates"].append([target, *others])
     paths = find_task_pictures(data_dir, [number for number, _ in places], of_objects)
     boxes = [box for _, box in places]

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from .adapters import ADAPTER_CONFIG, ADAPTER_NAME, check_name, of_adapter
@@ -37,6 +37,14 @@ IN_PARTS = (
     "is for a checkpoint that is whole, and this is in reference form; write that by load and "
     'save_pretrained(FOLDER, backbone="full")'
 )
+
+
+def dtype_of(named: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name; "auto" is fp32. Raises `ValueError` for other words."""
+    found = torch.float32 if named == "auto" else getattr(torch, named, None) if isinstance(named, str) else named
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f'dtype is "auto" or one of torch\'s, such as "bfloat16", not {named!r}')
+    return found
 
 
 def one_device(device_map, path: str) -> torch.device:
@@ -141,6 +149,8 @@ class CheckpointMixin:
         if config is None:
             choices = {k: kwargs.pop(k) for k in [*kwargs] if k in cls.config_class.__annotations__}
             config = cls.config_class.from_pretrained(path, **hub, **choices)
+        elif not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config)
         config.validate_choices()  # of which some may just have been told
         if backbone is not None:
             name = os.fspath(backbone)
@@ -166,13 +176,13 @@ class CheckpointMixin:
         dtype, attention, device = (kwargs.pop(k, None) for k in ("dtype", "attn_implementation", "device_map"))
         if kwargs.pop("quantization_config", None) is not None:
             raise ValueError(f"{path}: quantization_config {IN_PARTS}")
-        unknown = sorted(kwargs.keys() - NEEDLESS - set(HUB))
+        unknown = sorted(
+            k for k in kwargs.keys() - NEEDLESS - set(HUB) if kwargs[k] is not None and kwargs[k] is not False
+        )
         if model_args or unknown:
             raise TypeError(f"{path}: unknown arguments {[*model_args, *unknown]}")
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
         own = {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")}
-        dtype = torch.float32 if dtype == "auto" else dtype
-        model = cls._from_delta(config, delta, dtype, attention, own)
+        model = cls._from_delta(config, delta, dtype_of(dtype), attention, own)
         if device is not None:
             model.to(one_device(device, path))
         model.name_or_path = path

@@ -41,7 +41,7 @@ class WritingMixin:
 
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
+                except (BlockingIOError, PermissionError) as error:  # the second is what SMB says
                     problem = f"{self.folder} is being written by another process; wait for it to end"
                     raise GalleryError(problem) from error
                 except OSError as error:  # as some network file systems have no locks

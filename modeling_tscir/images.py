@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from transformers.utils import logging
 
 
@@ -25,6 +25,16 @@ EXTENSIONS = frozenset(
 )
 # Pillow hands these to other programs (Ghostscript, the operating system), or knows that they exist and no more.
 REFUSED_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+UPRIGHT = dict(
+    enumerate(
+        (
+            *(Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM),
+            *(Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE),
+            Image.Transpose.ROTATE_90,
+        ),
+        start=2,
+    )
+)  # by EXIF's orientation
 MAX_ELONGATION = 32
 PADDED_LINE = 2048
 URL_TIMEOUT_SECONDS = 20
@@ -182,10 +192,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF block says; one that cannot be read says nothing, and does not cost the picture."""
     try:
-        image.getexif()
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:
         return image
-    return ImageOps.exif_transpose(image)
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:

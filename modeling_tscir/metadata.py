@@ -104,15 +104,30 @@ def tidy(frame: pd.DataFrame, source: str) -> pd.DataFrame:
     columns = {}
     for name in frame.columns:
         column = frame[name]
-        try:
-            values = pa.array(column, from_pandas=True)
-            plain = any(is_kind(values.type) for is_kind in PLAIN)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
-            plain = False
-        if not plain:
+        values = numbers_or_truths(column)
+        if values is None:
             values = pa.array([as_text(value) for value in column.astype(object)], pa.string())
         columns[str(name)] = values.to_pandas(types_mapper=NULLABLE.get).convert_dtypes().set_axis(frame.index)
     return pd.DataFrame(columns, index=frame.index).rename_axis("id")
+
+
+def numbers_or_truths(column: pd.Series) -> pa.Array | None:
+    """None for a column that holds others, and for numbers that no column holds."""
+    kind = None
+    try:
+        values = pa.array(column, from_pandas=True)
+    except OverflowError:  # whole numbers that need all 64 bits, or more
+        kind = pa.uint64()
+    except pa.ArrowInvalid:  # long whole numbers beside fractions, or no numbers
+        kind = pa.float64()
+    except pa.ArrowTypeError:
+        return None
+    if kind is not None:
+        try:
+            values = pa.array(column, kind, from_pandas=True, safe=False)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            return None
+    return values if any(is_kind(values.type) for is_kind in PLAIN) else None
 
 
 def as_text(value) -> str | None:

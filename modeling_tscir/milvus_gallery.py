@@ -335,13 +335,15 @@ class MilvusGallery:
         if frame is None:
             return
         columns, kinds = self.info.get("columns", {}), kinds_of(frame)
+        kinds = {name: kind for name, kind in kinds.items() if name not in columns or frame[name].notna().any()}
         ids = sorted(replaced | set(frame.index))
-        mixed = {name for name, kind in kinds.items() if columns.get(name, kind) != kind}
-        if mixed:  # are texts, for every picture
+        if other := {name for name, kind in kinds.items() if columns.get(name, kind) != kind}:
+            kept = {row["id"]: row["metadata"].keys() & other for row in self._rows(["metadata"])}
+            kept = {name: held for name, held in kept.items() if held and name not in set(ids)}
+            mixed = set().union(*kept.values())  # are texts, for every picture
             frame = frame.assign(**{name: frame[name].map(as_text).astype("string") for name in mixed})
             kinds |= dict.fromkeys(mixed, "text")
-            others = [row["id"] for row in self._rows(["metadata"]) if mixed & row["metadata"].keys()]
-            self._change(sorted(set(others) - set(ids)), lambda row: {"metadata": with_texts(row["metadata"], mixed)})
+            self._change(sorted(kept), lambda row: {"metadata": with_texts(row["metadata"], mixed)})
         self.remember(columns=columns | kinds)
         values = {name: {k: v for k, v in values_of(frame, name).items() if v is not None} for name in ids}
         self._change(ids, lambda row: {"metadata": values[row["id"]]})

@@ -132,12 +132,10 @@ def test_what_is_wrong_is_named(folder):
         write_json(path, records)
         with pytest.raises(ValueError, match=r"record 1 has the box .*, which is no \[x, y, width, height\]"):
             load(folder)
-    for gallery, wrong in (([], "is empty"), ([good, records[1]["target"]], "holds the target"),
-                           ([good, good], "has a picture twice")):  # fmt: skip
-        records[1]["gallery"] = gallery
-        write_json(path, records)
-        with pytest.raises(ValueError, match=f"focus_attribute.json, record 1: its gallery {wrong}"):
-            load(folder)
+    records[1]["gallery"] = [good, records[1]["target"]]
+    write_json(path, records)
+    with pytest.raises(ValueError, match="focus_attribute.json, record 1: its gallery holds the target"):
+        load(folder)
     records[1]["gallery"] = [3, 4]
     write_json(path, records)
     with pytest.raises(ValueError, match=r"record 1 has 'gallery' = \[3, 4\], which is no list of dict"):

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modeling_tscir.images import (
     BadImagesError,
@@ -93,6 +93,24 @@ def test_a_broken_exif_block_does_not_cost_a_whole_picture(picture, file_format,
     assert (
         far(load_image(content), stored.convert("RGB") if mode == "RGB" else picture.convert("L").convert("RGB")) < 1
     )
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"), [(0x0100, 2, b"abc\0"), (0x0128, 7, b"xx\0\0"), (0x011A, 2, b"ab\0\0")]
+)
+def test_a_tag_of_the_wrong_kind_does_not_cost_a_picture_that_is_turned(picture, tag, kind, value):
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHI", tag, kind, 4) + value
+    block = b"II*\0" + struct.pack("<IH", 8, 2) + b"".join(sorted(entries)) + struct.pack("<I", 0)
+    stored = encoded(picture.rotate(90, expand=True), "png", exif=b"Exif\0\0" + block)
+    assert find_bad_images([stored], ["a"]) == [] and far(load_image(stored), picture) == 0
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(picture, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(picture, "png", exif=exif)
+    assert far(load_image(content), ImageOps.exif_transpose(Image.open(io.BytesIO(content)))) == 0
 
 
 def test_what_fails_while_it_is_turned_is_found_before(monkeypatch, picture):

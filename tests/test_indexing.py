@@ -268,6 +268,13 @@ def test_where_folders_cannot_be_locked_it_is_said_and_done_without(make_gallery
     with gallery.locked(), pytest.raises(GalleryError, match="another process"):
         other.remove(["0.png"])
 
+    def held(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")  # as over SMB
+
+    monkeypatch.setattr(fcntl, "flock", held)
+    with pytest.raises(GalleryError, match="another process"):
+        gallery.remove(["0.png"])
+
     def not_there(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -84,7 +84,7 @@ def test_modifications_are_found_in_answers(answer):
 @pytest.mark.parametrize(
     "answer",
     ["I cannot help with that.", "", "{}", '{"modification": 3}', '{"modification": " "}', "{broken", '["x"]',
-     json.dumps({"modification": "word " * 41})],
+     json.dumps({"modification": "word " * 41}), '{"modification": "half an emoji \\ud83d"}'],
 )  # fmt: skip
 def test_unusable_answers_are_refused(answer):
     with pytest.raises(UnusableAnswer):
@@ -145,6 +145,8 @@ def test_a_model_that_never_writes_anything_usable_is_not_paid_to_the_end(server
         b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": ["a list"]}}]}',
         b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": "{}"}}], "usage": "much"}',
         b"HTTP/1.1 200 OK\r\n\r\n[]",
+        b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "n/a"}}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": [1]}}',
         b"",
     ],
 )

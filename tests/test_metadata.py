@@ -51,6 +51,14 @@ def test_numbers_too_long_for_any_column_are_texts(tmp_path):
     assert read_metadata(tmp_path, None, "")["n"].dropna().tolist() == [str(2**70), "1"]
 
 
+def test_unsigned_numbers_and_whole_ones_beside_fractions_are_numbers(tmp_path):
+    rows = [{"file_name": "a", "hash": 2**63 + 5, "x": 2**53 + 1}, {"file_name": "b", "hash": 17, "x": 2.5}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"file_name": "c"}])), "utf-8")
+    frame = read_metadata(tmp_path, None, "")
+    assert kinds_of(frame) == {"hash": "number", "x": "number"}
+    assert frame["hash"].dropna().tolist() == [2**63 + 5, 17] and frame["x"].dropna().tolist() == [2.0**53, 2.5]
+
+
 def test_pictures_of_a_dataset_are_no_metadata(stage2, processor, tmp_path):
     rows = datasets.Dataset.from_dict(
         {"image": [noise(i) for i in range(3)], "mask": [noise(9)] * 3, "masks": [[noise(9)]] * 3,

@@ -141,6 +141,20 @@ def test_a_column_that_becomes_text_is_text_for_every_picture(both, stage2, proc
         both[1].search(QUERIES, where={"price": None})
 
 
+def test_a_column_without_values_changes_no_kind(both, stage2, processor, tmp_path):
+    (tmp_path / "more").mkdir()
+    noise(50).save(tmp_path / "more/0.png")
+    (tmp_path / "more/metadata.jsonl").write_text('{"file_name": "0.png", "price": null, "new": null}', "utf-8")
+    for gallery in both:
+        gallery.add(tmp_path / "more", stage2, processor, prefix="more/", progress=False)
+        assert {r["id"] for r in gallery.search(QUERIES, where={"price": (">", 15)})[0]} == {"2.png", "below/1.png"}
+    (tmp_path / "more/metadata.jsonl").write_text('{"file_name": "0.png", "price": 40, "new": 7}', "utf-8")
+    for gallery in both:
+        gallery.add(tmp_path / "more", stage2, processor, prefix="more/", progress=False)
+        found = gallery.search(QUERIES, where={"price": (">", 35), "new": ("<", 8)})[0]
+        assert [r["id"] for r in found] == ["more/0.png"]
+
+
 @pytest.mark.parametrize("page", [2, 500])
 def test_file_names_may_hold_quotes(stage2, processor, picture_folder, tmp_path, monkeypatch, page):
     monkeypatch.setattr("modeling_tscir.milvus_gallery.ROWS_AT_A_TIME", page)

@@ -7,7 +7,7 @@ from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
-from modeling_tscir import TSCIRModel, TSCIROutput, TSCIRProcessor
+from modeling_tscir import TSCIRConfig, TSCIRModel, TSCIROutput, TSCIRProcessor
 
 
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
@@ -257,6 +257,20 @@ def test_both_forms_obey_or_refuse_the_same_arguments(form, load, stage2, tmp_pa
         load(tmp_path, composed_weight=3.0)
     with pytest.raises(TypeError, match="residul"):
         load(tmp_path, residul=0.0)
+    nothing = ("state_dict", "key_mapping", "generation_config", "gguf_file", "quantization_config", "device_map")
+    assert isinstance(load(tmp_path, **dict.fromkeys(nothing), use_kernels=False), TSCIRModel)
+
+
+@pytest.mark.parametrize("form", ["full", "reference"])
+def test_a_configuration_may_be_named_by_its_folder(form, stage2, tmp_path):
+    stage2.save_pretrained(tmp_path / "model", backbone=form)
+    config = TSCIRConfig.from_pretrained(tmp_path / "model")
+    config.residual = 0.25
+    config.save_pretrained(tmp_path / "other")
+    for given in (tmp_path / "other", str(tmp_path / "other"), config):
+        assert TSCIRModel.from_pretrained(tmp_path / "model", config=given).config.residual == 0.25
+    with pytest.raises(ValueError, match="foo"):
+        TSCIRModel.from_pretrained(tmp_path / "model", dtype="foo")
 
 
 def test_a_reference_is_put_onto_one_device_as_it_is(stage2, tmp_path):

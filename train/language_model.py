@@ -56,6 +56,10 @@ def parse_modification(answer: str) -> str:
     text = " ".join(text.split())
     if not text:
         raise UnusableAnswer("empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a character
+        raise UnusableAnswer("no text") from error
     if len(text.split()) > MAX_WORDS:
         raise UnusableAnswer(f"more than {MAX_WORDS} words")
     return text
@@ -201,7 +205,8 @@ class Writer:
             wait = self.first_wait * 2**attempt
             try:
                 answer, tokens = self.ask(prompt)
-                counts.update({k: int(tokens.get(k) or 0) for k in ("prompt_tokens", "completion_tokens")})
+                told = {k: tokens.get(k) for k in ("prompt_tokens", "completion_tokens")}
+                counts.update({k: int(count) for k, count in told.items() if isinstance(count, (int, float))})
                 text = self.known[key] = parse_modification(answer)
                 return key, text, counts + Counter({"written": 1})
             except UnusableAnswer as error:

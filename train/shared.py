@@ -34,7 +34,10 @@ def bad_images(sources: Sequence[ImageSource], names: Sequence[str]) -> list[tup
 def features(
     function: Callable, model: TSCIRModel, processor: TSCIRProcessor, sources: Sequence, batch_size: int, what: str
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    """What one of `modeling_tscir.embedding`'s functions gives of all sources, a row each, on the CPU."""
+    """What one of `modeling_tscir.embedding`'s functions gives of all sources, a row each, on the CPU.
+
+    Texts of a part share batches by their length, so that last bits depend on the number of processes.
+    """
     processes = Processes()
     parts = parts_of(len(sources), batch_size, processes.count)
     if min(map(len, parts)) == 0 or processes.count == 1:  # little work, or nobody to share it with

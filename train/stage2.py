@@ -118,7 +118,7 @@ class Stage2Data(torch.utils.data.Dataset):
         references, targets = Selected(rows[args.reference_column], unique), rows[args.target_column]
         keys = ["", ""]
         if folder is not None:
-            contents = [[pictures_digest(references), mapper_key(model)], [pictures_digest(targets)]]
+            contents = [[pictures_digest(references), mapper_key(model), 2], [pictures_digest(targets)]]
             keys = [feature_key(model, self.processor, [*content, precision(model)]) for content in contents]
         both = functools.cache(
             lambda: shared.features(embed_references, model, self.processor, references, size, "references")
