@@ -176,9 +176,8 @@ class CheckpointMixin:
         dtype, attention, device = (kwargs.pop(k, None) for k in ("dtype", "attn_implementation", "device_map"))
         if kwargs.pop("quantization_config", None) is not None:
             raise ValueError(f"{path}: quantization_config {IN_PARTS}")
-        unknown = sorted(
-            k for k in kwargs.keys() - NEEDLESS - set(HUB) if kwargs[k] is not None and kwargs[k] is not False
-        )
+        told = {k for k, v in kwargs.items() if v is not None and v is not False}
+        unknown = sorted(told - NEEDLESS - set(HUB))
         if model_args or unknown:
             raise TypeError(f"{path}: unknown arguments {[*model_args, *unknown]}")
         own = {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")}

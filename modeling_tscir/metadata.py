@@ -113,20 +113,17 @@ def tidy(frame: pd.DataFrame, source: str) -> pd.DataFrame:
 
 def numbers_or_truths(column: pd.Series) -> pa.Array | None:
     """None for a column that holds others, and for numbers that no column holds."""
-    kind = None
     try:
         values = pa.array(column, from_pandas=True)
     except OverflowError:  # whole numbers that need all 64 bits, or more
-        kind = pa.uint64()
-    except pa.ArrowInvalid:  # long whole numbers beside fractions, or no numbers
-        kind = pa.float64()
-    except pa.ArrowTypeError:
-        return None
-    if kind is not None:
         try:
-            values = pa.array(column, kind, from_pandas=True, safe=False)
+            values = pa.array(column, pa.uint64(), from_pandas=True)
         except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             return None
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # long whole numbers beside fractions, or no numbers
+        if not all(isinstance(value, Number) and not isinstance(value, bool) for value in column.dropna()):
+            return None
+        values = pa.array(column.astype(float), from_pandas=True)
     return values if any(is_kind(values.type) for is_kind in PLAIN) else None
 
 
