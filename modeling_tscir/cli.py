@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -218,6 +219,7 @@ def parse_condition(text: str) -> tuple[str, str, str]:
 
 
 def run_search(args: argparse.Namespace) -> int:
+    from .files import printable
     from .milvus_gallery import open_gallery
 
     if not args.parts:
@@ -245,6 +247,13 @@ def run_search(args: argparse.Namespace) -> int:
         print_table(results)
     if args.html or args.png:
         from .contact_sheet import write_html, write_png
+
+        gone = [result["path"] for result in results if result["path"] and not os.path.exists(result["path"])]
+        if gone:
+            tell(
+                f"{len(gone)} of {len(results)} pictures are not where they were indexed, such as "
+                f"{printable(gone[0])}; if they moved: tscir index THEIR_FOLDER --output {args.gallery}"
+            )
 
         if args.html:
             write_html(args.html, gallery, content, results)
@@ -288,6 +297,8 @@ def run_info(args: argparse.Namespace) -> int:
     print(f"duplicates  {sum(len(group) - 1 for group in duplicates)} pictures have another's bytes")
     for group in duplicates[:10]:
         print(f"  {' = '.join(map(printable, group))}")
+    if len(duplicates) > 10:
+        print(f"  and {len(duplicates) - 10} groups more; --json has all")
     print(f"unreadable  {len(unreadable)} at the last indexing")
     for bad in unreadable:
         print(f"  {printable(bad['id'])}: {bad['reason']}")

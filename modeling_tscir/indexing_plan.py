@@ -186,6 +186,8 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     """
     from datasets import Image as ImageFeature
 
+    if isinstance(rows, dict):
+        raise GalleryError(f"these are several splits, {list(rows)}; add one of its splits, such as dataset['train']")
     if image_column not in rows.column_names:
         raise GalleryError(f"the dataset has no column {image_column!r}; its columns are {rows.column_names}")
     named = id_column in rows.column_names

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Number
@@ -179,12 +180,23 @@ def conditions_of(where: Where | None, kinds: dict[str, str], gallery: str) -> l
             raise ValueError(f"unknown operator {operator!r}; known are {' '.join(OPERATORS)}")
         if (operator in ("in", "not in")) != isinstance(value, (list, set, tuple)):
             raise ValueError(f"condition {operator!r} on {column!r}: a list goes with in and not in, they with a list")
+        if kinds[column] == "text" and operator in ("<", "<=", ">", ">=") and reads_as_number(value):
+            raise ValueError(
+                f"column {column!r} holds texts and cannot be compared with {value!r} as a number; it holds numbers "
+                "where every cell of the metadata is one or empty"
+            )
         if operator in ("in", "not in"):
             value = [of_kind(one, kinds[column], column) for one in value]
         else:
             value = of_kind(value, kinds[column], column)
         found.append(Condition(column, operator, value))
     return found
+
+
+def reads_as_number(value) -> bool:
+    with contextlib.suppress(TypeError, ValueError):
+        return math.isfinite(float(value))
+    return False
 
 
 def of_kind(value, kind: str, column: str):

@@ -205,7 +205,8 @@ def training_section(config, recorded: dict) -> str:
     lines = ["## Training\n"]
     offset = config.stage - len(stages)
     for number, stage in enumerate(stages, start=1 + max(0, offset)):
-        shown = [f"{name} {stage[name]}" for name in SHOWN if stage.get(name) not in (None, -1)]
+        acted = [name for name in SHOWN if name != "num_train_epochs" or stage.get("max_steps", -1) <= 0]
+        shown = [f"{name} {stage[name]}" for name in acted if stage.get(name) not in (None, -1)]
         lines.append(f"Stage {'I' * number}: {', '.join(shown)}.")
         if "hours" in stage:
             lines.append(f"{stage['hours']:.2f} hours on {stage['hardware']}.")

@@ -18,6 +18,10 @@ def gallery_of(images, image_column: str, id_column: str) -> tuple[Sequence[Imag
     if hasattr(images, "column_names"):
         from datasets import Image as ImageFeature  # only a Dataset brings us here, so datasets is there
 
+        if isinstance(images, dict):
+            raise ValueError(
+                f"these are several splits, {list(images)}; index one of its splits, such as dataset['train']"
+            )
         if image_column not in images.column_names:
             raise ValueError(f"the dataset has no column {image_column!r}; its columns are {images.column_names}")
         ids = list(images[id_column]) if id_column in images.column_names else list(range(len(images)))

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             logger.warning(
                 "This is TSCIR's miniature model, which knows drawn pictures only; name another by "
                 'pipeline("composed-image-retrieval", model="folder or Hub name"), or a plain CLIP by '
-                "TSCIRModel.from_clip_pretrained."
+                "TSCIRModel.from_clip_pretrained; on the command line either by --model."
             )
 
     def index(
@@ -248,8 +248,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
             ids, mask = inputs["texts"]["input_ids"], inputs["texts"]["attention_mask"]
             features = self.model.get_text_features(ids[of_kind["text"]], mask[of_kind["text"]])
             queries[of_kind["text"]] = F.normalize(features.float(), dim=-1)
-        if weight is not None and not -1 <= weight <= 1:
-            raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight}")
+        if weight is not None and not (isinstance(weight, Real) and -1 <= weight <= 1):
+            raise ValueError(f"weight must be between -1 (image) and 1 (text), not {weight!r}")
         if of_kind["composed"]:
             if residual and not all(inputs["plain"]):
                 raise ValueError("residual is for queries of one picture and then a text, of no other order or number")

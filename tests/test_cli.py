@@ -55,7 +55,10 @@ def test_a_search_as_table_json_page_and_picture(run, indexed, picture_folder, t
     code, out, err = run(*query, "--html", tmp_path / "o.html", "--png", tmp_path / "o.png")
     page = (tmp_path / "o.html").read_text("utf-8")
     assert page.count("<figure>") == 3 and page.count("data:image/jpeg;base64,") == 4 and "http" not in page
-    assert Image.open(tmp_path / "o.png").size[0] > 1000 and "o.html" in err
+    assert Image.open(tmp_path / "o.png").size[0] > 1000 and "o.html" in err and "where they were" not in err
+    picture_folder.rename(tmp_path / "moved")
+    _, _, err = run("search", indexed, "--text", "red", "-k", 3, "--png", tmp_path / "o.png")
+    assert "3 of 3 pictures are not where they were indexed" in err and "tscir index THEIR_FOLDER --output" in err
 
 
 def test_every_kind_of_query(run, indexed, picture_folder):

@@ -51,6 +51,18 @@ def test_numbers_too_long_for_any_column_are_texts(tmp_path):
     assert read_metadata(tmp_path, None, "")["n"].dropna().tolist() == [str(2**70), "1"]
 
 
+def test_texts_are_not_compared_with_numbers(tmp_path):
+    """As "100" stands before "50": one cell that is no number would give wrong answers without a word."""
+    (tmp_path / "metadata.csv").write_text("file_name,price,day\na,100,2020-05-01\nb,7,2021-01-01\nc,n/a,\n", "utf-8")
+    frame = read_metadata(tmp_path, None, "")
+    for value in (50, "50", 1.5):
+        with pytest.raises(ValueError, match=f"column 'price' holds texts and cannot be compared with {value!r}"):
+            conditions_of({"price": ("<", value)}, kinds_of(frame), "")
+    for where, found in (({"price": 100}, ["a"]), ({"price": ["7", "n/a"]}, ["b", "c"]),
+                         ({"day": (">", "2020-12")}, ["b"])):  # fmt: skip
+        assert matching(frame, conditions_of(where, kinds_of(frame), "")) == found
+
+
 def test_unsigned_numbers_and_whole_ones_beside_fractions_are_numbers(tmp_path):
     rows = [{"file_name": "a", "hash": 2**63 + 5, "x": 2**53 + 1}, {"file_name": "b", "hash": 17, "x": 2.5}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"file_name": "c"}])), "utf-8")

@@ -273,6 +273,12 @@ def test_a_configuration_may_be_named_by_its_folder(form, stage2, tmp_path):
         TSCIRModel.from_pretrained(tmp_path / "model", dtype="foo")
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path):
+    for path in (tmp_path / "nope", "./nope", "runs/no/pe"):
+        with pytest.raises(OSError, match="there is no folder .*nope|there is no folder runs/no/pe"):
+            TSCIRModel.from_pretrained(path)
+
+
 def test_a_reference_is_put_onto_one_device_as_it_is(stage2, tmp_path):
     stage2.save_pretrained(tmp_path, backbone="reference")
     for told in ({"quantization_config": {"load_in_4bit": True}}, {"device_map": {"clip": 0, "mapper": "cpu"}}):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import pipeline
@@ -170,8 +170,11 @@ def test_misuse_is_explained(cir, pictures):
         cir(image="nowhere.png", text="red")
     with pytest.raises(ValueError, match="of one picture and then a text, of no other order or number"):
         cir(content=["red", pictures[0]], residual=1.0)
-    with pytest.raises(ValueError, match="weight must be"):
-        cir(text="red", weight=5)
+    for odd in (5, "a"):
+        with pytest.raises(ValueError, match="weight must be"):
+            cir(text="red", weight=odd)
+    with pytest.raises(ValueError, match=r"index one of its splits, such as dataset\['train'\]"):
+        cir.index(DatasetDict(train=Dataset.from_dict({"image": ["a"]})))
     for odd in ("5", 0, 2.5):
         with pytest.raises(ValueError, match="top_k"):
             cir(text="red", top_k=odd)
