@@ -54,7 +54,7 @@ def one_device(device_map, path: str) -> torch.device:
             raise ValueError(f"{path}: device_map {device_map} {IN_PARTS}")
         (device_map,) = set(device_map.values())
     if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return torch.device(device_map)
 
 
