@@ -193,7 +193,7 @@ def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF block says; one that cannot be read says nothing, and does not cost the picture."""
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:
+    except Exception:  # whatever Pillow raises over such a block; what is wrong with the pixels is told later
         return image
     return image if turn is None else image.transpose(turn)
 

@@ -118,6 +118,7 @@ class Stage2Data(torch.utils.data.Dataset):
         references, targets = Selected(rows[args.reference_column], unique), rows[args.target_column]
         keys = ["", ""]
         if folder is not None:
+            # 2, as references were normalised in half precision before.
             contents = [[pictures_digest(references), mapper_key(model), 2], [pictures_digest(targets)]]
             keys = [feature_key(model, self.processor, [*content, precision(model)]) for content in contents]
         both = functools.cache(
@@ -174,11 +175,11 @@ def group_names(rows: Dataset, args: Stage2Arguments) -> list:
     return names_of(rows, args.reference_id_column, column)
 
 
-def pictures_of(rows: Dataset, args: Stage2Arguments) -> tuple[list, list]:
-    """What tells each row's target and its reference, the same for the same picture, or for the same caption."""
+def pictures_of(rows: Dataset, args: Stage2Arguments) -> list[int]:
+    """Of each row's target and then of each row's reference, the first place with the same picture, or caption."""
     if args.reference_column not in rows.column_names:
-        return list(rows[args.target_caption_column]), list(rows[args.reference_caption_column])
-    return tuple([picture_name(one) for one in rows[c]] for c in (args.target_column, args.reference_column))
+        return first_of_each([*rows[args.target_caption_column], *rows[args.reference_caption_column]])
+    return first_of_each([picture_name(one) for c in (args.target_column, args.reference_column) for one in rows[c]])
 
 
 def names_of(rows: Dataset, id_column: str, column: str) -> list:

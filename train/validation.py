@@ -15,15 +15,15 @@ class Validation:
     Args:
         objective: says which of its features are `target` and `reference`; a query's own reference is not ranked.
         batches: of held-out rows; their frozen features are computed here, once.
-        pictures: names of the rows' target and of their reference pictures, equal for equal ones. Embeddings of one
-            picture need not be equal: they differ in their last bits by the batch it was in.
+        pictures: of each row's target and then of each row's reference, the first place among these with the same
+            picture. Embeddings do not tell: one picture's differ in their last bits by the batch it was in.
     """
 
     def __init__(
         self,
         objective: Objective,
         batches: Iterable[dict[str, torch.Tensor]],
-        pictures: tuple[Sequence, Sequence] | None = None,
+        pictures: Sequence[int] | None = None,
     ):
         self.objective, self.pictures = objective, pictures
         self.features = []
@@ -48,13 +48,10 @@ class Validation:
         gallery = torch.cat([targets, references])
         if self.pictures is None:
             gallery, rows = gallery.unique(dim=0, return_inverse=True)
-            rows = rows.tolist()
         else:
-            first = {}
-            rows = [first.setdefault(name, len(first)) for names in self.pictures for name in names]
-            places = dict(zip(reversed(rows), reversed(range(len(rows))), strict=True))  # of each picture, the first
-            gallery = gallery[[places[row] for row in range(len(first))]]
-        truths, own = rows[: len(targets)], rows[len(targets) :]
+            places, rows = torch.tensor(self.pictures).unique(return_inverse=True)
+            gallery = gallery[places]
+        truths, own = rows[: len(targets)].tolist(), rows[len(targets) :].tolist()
         exclude = [[r] if r != t else [] for r, t in zip(own, truths, strict=True)]
         ranks = rank_gallery(queries, gallery, 1, truths=[[t] for t in truths], exclude=exclude).truth_ranks[:, 0]
         return {
