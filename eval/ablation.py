@@ -6,8 +6,8 @@ Trains every run of the grid with every seed, each seed on training data of its 
 and test with each, and writes to --results_dir every query's value by run and seed, and to val/ or test/ in it
 table.parquet and .csv, claims.json and report.md. What either folder holds already is not done again: an interrupted
 grid goes on, also on another machine from its results alone, and seeds can be added. Runs share data, features,
-galleries and stage I. Verdicts on test of all grids that lie side by side are gathered beside them, in claims.json and
-claims.md.
+galleries and stage I. Verdicts on test, and on val, of all grids that lie side by side are gathered beside them, in
+claims.json and claims.md.
 """
 
 import argparse
@@ -334,31 +334,43 @@ def main() -> None:
     text = report(table, list(grid.runs), claims, details, measure, title, folder)
     (folder / "report.md").write_text(text, encoding="utf-8")
     print(text)
-    if args.world == "test":
-        gathered = gather(results.parent)
+    if gathered := gather(results.parent):
         (results.parent / "claims.json").write_text(json.dumps(gathered, indent=2) + "\n", encoding="utf-8")
         (results.parent / "claims.md").write_text(table_of(gathered), encoding="utf-8")
 
 
 def gather(folder: Path) -> list[dict]:
-    """What every grid in a folder says of its claims on test; figures are shares, not percent."""
-    kept = ("claim", "verdict", "effect", "ci_low", "ci_high")
+    """What every grid in a folder says of its claims on test, and of the same on val; figures are shares."""
+    kept = ("verdict", "effect", "ci_low", "ci_high")
     found = []
     for path in sorted(folder.glob("*/test/claims.json")):
-        claims = json.loads(path.read_text(encoding="utf-8"))
-        found += [{"grid": path.parents[1].name} | {name: claim[name] for name in kept} for claim in claims]
+        before = path.parents[1] / "val" / "claims.json"
+        known = {}
+        if before.is_file():
+            known = {claim["claim"]: claim for claim in json.loads(before.read_text(encoding="utf-8"))}
+        for claim in json.loads(path.read_text(encoding="utf-8")):
+            own = {"grid": path.parents[1].name, "claim": claim["claim"]} | {name: claim[name] for name in kept}
+            if claim["claim"] in known:
+                own["val"] = {name: known[claim["claim"]][name] for name in kept}
+            found.append(own)
     return found
 
 
 def table_of(claims: list[dict]) -> str:
     """Markdown: every gathered claim, percentage points, by the grid whose report tells more."""
-    lines = ["# Every claim on the test worlds", ""]
-    lines += ["Percentage points with 95% intervals; verdicts are Holm-corrected within each grid.", ""]
-    lines += ["| grid | claim | effect | verdict |", "|---|---|---|---|"]
-    for claim in claims:
+
+    def told(claim: dict | None) -> str:
+        if claim is None:
+            return " | "
         effect, low, high = (f"{100 * claim[name]:+.1f}" for name in ("effect", "ci_low", "ci_high"))
+        return f"{effect} ({low} to {high}) | {claim['verdict']}"
+
+    lines = ["# Every claim on the test worlds, and on val", ""]
+    lines += ["Percentage points with 95% intervals; verdicts are Holm-corrected within each grid and world.", ""]
+    lines += ["| grid | claim | effect | verdict | effect on val | verdict on val |", "|---|---|---|---|---|---|"]
+    for claim in claims:
         report_of = f"[{claim['grid']}]({claim['grid']}/test/report.md)"
-        lines.append(f"| {report_of} | {claim['claim']} | {effect} ({low} to {high}) | {claim['verdict']} |")
+        lines.append(f"| {report_of} | {claim['claim']} | {told(claim)} | {told(claim.get('val'))} |")
     return "\n".join(lines) + "\n"
 
 

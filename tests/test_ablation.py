@@ -350,6 +350,8 @@ def test_reports_of_several_grids_are_gathered(tmp_path, monkeypatch, capsys):
         ("second", "cannot be told"),
     ]
     assert gathered[0]["ci_low"] < gathered[0]["effect"] < gathered[0]["ci_high"]
+    on_val = json.loads((tmp_path / "first/val/claims.json").read_text("utf-8"))[0]
+    assert gathered[0]["val"] == {name: on_val[name] for name in ("verdict", "effect", "ci_low", "ci_high")}
     table = (tmp_path / "claims.md").read_text("utf-8")
     assert f"| [first](first/test/report.md) | first | {100 * gathered[0]['effect']:+.1f} (" in table
 
