@@ -105,11 +105,22 @@ def shortened(text: str, draw: ImageDraw.ImageDraw) -> str:
 
 def wrapped(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
     """The text in at most six lines of `width` pixels; "…" ends it where there are more."""
+
+    def fits(line: str) -> bool:
+        return draw.textlength(line, font=font(18)) <= width
+
+    pieces = []
+    for word in text.split():  # in languages without blanks a word may be longer than a line
+        while len(word) > 1 and not fits(word):
+            end = next((n for n in range(len(word) - 1, 1, -1) if fits(word[:n])), 1)
+            pieces.append(word[:end])
+            word = word[end:]
+        pieces.append(word)
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if draw.textlength(longer, font=font(18)) > width and lines[-1]:
-            lines.append(word)
-        else:
+    for piece in pieces:
+        longer = f"{lines[-1]} {piece}".strip()
+        if fits(longer) or not lines[-1]:
             lines[-1] = longer
+        else:
+            lines.append(piece)
     return "\n".join([*lines[:5], f"{lines[5]} …"] if len(lines) > 6 else lines)

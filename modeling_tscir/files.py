@@ -76,14 +76,14 @@ class FileList(Sequence):
         """Keep the files that were there before, of equal ids the last; the following methods speak of them."""
         self._fill("others", known)
 
-    def elsewhere(self) -> Iterator[tuple[File, bytes | None, bool]]:
-        """Files whose id had another path before: the file, that path, and whether size and time are the same."""
+    def elsewhere(self) -> Iterator[tuple[File, File]]:
+        """Files whose id had another path before, and what they were then."""
         command = (
-            "SELECT f.id, f.path, f.size, f.mtime_ns, o.path, f.size = o.size AND f.mtime_ns = o.mtime_ns "
+            "SELECT f.id, f.path, f.size, f.mtime_ns, o.id, o.path, o.size, o.mtime_ns "
             "FROM files f JOIN others o USING (id) WHERE o.path IS NOT f.path ORDER BY f.place"
         )
-        for *file, path, same in self.tables.execute(command):
-            yield File(*file), path, bool(same)
+        for row in self.tables.execute(command):
+            yield File(*row[:4]), File(*row[4:])
 
     def new_or_changed(self) -> tuple["FileList", int]:
         """Those that were not there with this size and time, and how many of them were there with another."""
@@ -205,7 +205,7 @@ def gone_from(roots: Sequence[str | bytes | os.PathLike], found: Found) -> set[s
         if any(below(path) for below in below_one)
         and not name.startswith(closed)
         and name not in found.closed_folders
-        and (not os.path.lexists(path) or os.path.isdir(path))
+        and not os.path.isfile(path)
     }
 
 

@@ -113,7 +113,12 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
         from . import __version__
 
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(p.name != ".lock" for p in folder.iterdir())):
+        begun = {".lock", "gallery.json.part", "shards"}  # what an interruption leaves here
+        if folder.exists() and not (
+            folder.is_dir()
+            and begun.issuperset(path.name for path in folder.iterdir())
+            and not any((folder / "shards").glob("*"))
+        ):
             raise GalleryError(f"{folder} is there already and holds no gallery; name a new folder")
         if dtype not in DTYPES:
             raise GalleryError(f"dtype must be one of {list(DTYPES)}, not {dtype!r}")

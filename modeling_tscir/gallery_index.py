@@ -95,15 +95,18 @@ class IndexMixin:
         return self._index
 
     def _search_index(self, index, queries: torch.Tensor, k: int, wanted: np.ndarray):
-        """As `search_exactly`, among what the index finds; row -1 where that is fewer than k."""
-        scores = torch.full((len(queries), k), -torch.inf)
-        rows = torch.full((len(queries), k), -1, dtype=torch.long)
-        for number, found in enumerate(candidates(index, queries, k, wanted) if k else []):
+        """As `search_exactly`, among what the index finds; exactly so for queries that it finds fewer than k for."""
+        scores, rows = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.long)
+        all_found = candidates(index, queries, k, wanted) if k else []
+        short = [number for number, found in enumerate(all_found) if len(found) < k]  # its cells hold no more
+        if short:
+            scores[short], rows[short] = search_exactly(self.embeds, queries[short], k, wanted)
+        for number in sorted(set(range(len(all_found))) - set(short)):
             # The index's own scores may be of compressed vectors.
-            found = torch.from_numpy(np.sort(found))
+            found = torch.from_numpy(np.sort(all_found[number]))
             exact = self.vectors(found.numpy()).float() @ queries[number]
             order = exact.argsort(descending=True, stable=True)
-            scores[number, : len(found)], rows[number, : len(found)] = exact[order], found[order]
+            scores[number], rows[number] = exact[order], found[order]
         return scores, rows
 
 
@@ -133,16 +136,17 @@ def build(factory: str, shards: list[torch.Tensor], sample: np.ndarray):
         GalleryError: if FAISS is missing, does not know the string, or has too few rows to train on.
     """
     index = empty(factory, sample.shape[1])
-    if not index.is_trained:
-        try:
+    try:
+        if not index.is_trained:
             index.train(sample)
-        except RuntimeError as error:
-            raise GalleryError(
-                f"{len(sample)} pictures do not train a {factory} index; choose fewer cells, or leave the index out: "
-                "exact search is fast up to millions"
-            ) from error
-    for embeds in shards:
-        index.add(embeds.float().numpy())
+        for embeds in shards:
+            index.add(embeds.float().numpy())
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("failed: ")[2]  # behind the place in FAISS's code
+        raise GalleryError(
+            f"{len(sample)} pictures do not make a {factory} index ({reason}); choose another, such as one of fewer "
+            "cells, or leave the index out: exact search is fast up to millions"
+        ) from error
     return index
 
 
@@ -156,7 +160,7 @@ def write(index, path: Path) -> None:
 
 
 def candidates(index, queries: torch.Tensor, k: int, wanted: np.ndarray) -> list[np.ndarray]:
-    """For each query the first k wanted rows that the index finds, or as many as it has.
+    """For each query the first k wanted rows that the index finds, or fewer.
 
     Args:
         queries (`torch.Tensor` [Q, D]).

@@ -1,6 +1,6 @@
 """Search in a gallery's rows, each picture once, however many files have its bytes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ class SearchMixin:
             where: conditions on metadata columns, all of which must hold: {column: value}, {column: [value, ...]},
                 {column: (operator, value)} or [(column, operator, value), ...] with =, !=, <, <=, >, >=, "in" and
                 "not in". A picture without a value meets none.
-            exclude: ids that are not wanted, such as the reference's own; pictures of the same bytes go with them.
+            exclude: ids that are not wanted, such as the reference's own; pictures of the same bytes go with them, and
+                unknown ids exclude nothing.
             exact (`bool`): leave a FAISS index aside.
 
         Returns:
@@ -51,7 +52,7 @@ class SearchMixin:
         else:
             scores, rows = self._search_index(index, queries, k, first)
         return [
-            [self._result(score, row, others) for score, row in zip(*found, strict=True) if row >= 0]
+            [self._result(score, row, others) for score, row in zip(*found, strict=True)]
             for found in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
 
@@ -95,7 +96,7 @@ def check_search(queries: torch.Tensor, top_k: int, exclude: Sequence[str], dime
         raise ValueError(f"queries are {tuple(queries.shape)}; this gallery wants [Q, {dimensions}]")
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k is a whole number of at least 1, not {top_k!r}")
-    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
-        raise ValueError(f"exclude is a list of ids, not {exclude!r}")
+    if isinstance(exclude, str) or not isinstance(exclude, Collection) or not all(isinstance(x, str) for x in exclude):
+        raise ValueError(f"exclude is a list of ids, which are texts, not {exclude!r}")
     if not torch.isfinite(queries).all():
         raise ValueError("queries hold NaN or infinite values")

@@ -106,9 +106,11 @@ class WritingMixin:
         """Put `frame`'s rows, by id, in place of those of its ids and of `replaced`; keep that of other pictures."""
         new = self.metadata if frame is None else merged(self.metadata, frame, replaced)
         new = new[self.rows.of(new.index) >= 0]
+        path = self.folder / "metadata.arrow"
         if len(new.columns):
-            table = to_arrow(new).add_column(0, "id", pa.array(new.index, pa.string()))
-            write_stream(table, self.folder / "metadata.arrow")
+            write_stream(to_arrow(new).add_column(0, "id", pa.array(new.index, pa.string())), path)
+        else:
+            path.unlink(missing_ok=True)
         self._metadata = None
 
     def set_unreadable(self, unreadable: list[dict[str, str]]) -> None:

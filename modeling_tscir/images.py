@@ -137,7 +137,7 @@ def _not_a_bomb(image: Image.Image) -> Image.Image:
 
 
 def is_url(source: ImageSource) -> bool:
-    return isinstance(source, str) and source.startswith(("http://", "https://"))
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://"))
 
 
 def fetch(sources: Sequence[ImageSource], folder: str | os.PathLike) -> list[ImageSource]:
@@ -191,6 +191,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF block says; one that cannot be read says nothing, and does not cost the picture."""
+    image.load()  # Pillow turns TIFF files by itself as it reads their pixels, and takes the tag away
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # whatever Pillow raises over such a block; what is wrong with the pixels is told later

@@ -14,7 +14,7 @@ from .embedding import batches_ahead, prefetched
 from .files import File, content_digest, read_file, time_of
 from .gallery import DTYPES, Gallery, GalleryError
 from .images import load_image
-from .indexing_plan import Plan, Report, plan_dataset, plan_folder
+from .indexing_plan import Plan, Report, bytes_of, plan_dataset, plan_folder
 
 
 SHARD_SIZE = 2048
@@ -80,11 +80,7 @@ class Chunk:
     @staticmethod
     def _dataset_row(item: tuple) -> tuple[dict, bytes]:
         name, picture = item
-        content = picture.get("bytes") if picture else None
-        if content is None and picture and picture.get("path"):
-            content, _ = read_file(os.fsencode(picture["path"]))
-        if content is None:
-            raise ValueError("no picture given")
+        content = bytes_of(picture)
         row = {"id": name, "path": None, "size": len(content), "mtime_ns": 0}
         return row | {"content": content_digest(content), "picture": content}, content
 
@@ -146,10 +142,11 @@ def add_images(
             plan = plan_dataset(gallery, images, prefix, image_column, id_column)
         processes.wait()  # all have seen the gallery as it was
         same, unreadable = embed_todo(gallery, plan, model, processor, processes, batch_size, shard_size, progress)
-        report = plan.report(gallery, processes.together(same), processes.together(unreadable))
+        same, unreadable = processes.together(same), processes.together(unreadable)
+        report = plan.report(gallery, same, unreadable)
         processes.wait()
         if processes.main:
-            finish(gallery, plan, report)
+            finish(gallery, plan, report, {bad["id"] for bad in unreadable})
         processes.wait()
         if not processes.main:
             gallery.reload()
@@ -235,10 +232,10 @@ def embed_todo(
     return same, unreadable
 
 
-def finish(gallery: Gallery, plan: Plan, report: Report) -> None:
-    """Read the new shards, forget what is gone, changed or not readable any more, and write the rest."""
+def finish(gallery: Gallery, plan: Plan, report: Report, broken: set[str]) -> None:
+    """Read the new shards, forget what is gone, changed or `broken` by now, and write the rest."""
     gallery.reload()
-    old = plan.gone | {bad["id"] for bad in report.unreadable}
+    old = plan.gone | broken
     old -= set(gallery.unknown(list(old)))
     gallery.forget(old)
     if plan.moved:

@@ -1,13 +1,24 @@
 """What an indexing is to do, found out before the first picture is read, and the report of what it did."""
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
-from .files import FileList, below_of, find_files, gone_from, printable, same_file
+from .files import (
+    FileList,
+    below_of,
+    content_digest,
+    find_files,
+    gone_from,
+    printable,
+    read_file,
+    same_file,
+)
 from .gallery import Gallery, GalleryError
 from .images import EXTENSIONS
 from .metadata import own_file, read_metadata, tidy
@@ -146,18 +157,7 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
         if not found.other[own.suffix]:
             del found.other[own.suffix]
     found.files.compare(gallery.files())
-    moved, before = {}, {}
-    for file, path, same in found.files.elsewhere():
-        if path is None or not same_file(path, file.path):
-            if path is None or os.path.lexists(path):
-                other = "a dataset" if path is None else os.fsdecode(path)
-                raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
-            if same:
-                moved[file.id], before[file.id] = file.path, path
-    # Where the folder lay before, told by files that are unchanged: what is gone from it was gone from there. A name
-    # alone tells nothing, as that folder may be on a disk that is not there just now.
-    ends = {os.sep.encode() + name.removeprefix(prefix).encode(): path for name, path in before.items()}
-    left = {path[: -len(end)] for end, path in ends.items() if path.endswith(end) and len(path) > len(end)}
+    moved, left = moved_from(gallery, found.files, prefix)
     todo, replacing = found.files.new_or_changed()
     described = set()
     if frame is not None:
@@ -177,6 +177,63 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
     )
 
 
+def moved_from(gallery: Gallery, files: FileList, prefix: str) -> tuple[dict[str, bytes], set[bytes]]:
+    """Paths of files that are unchanged at another place than before, by id, and the folders that they came from.
+
+    What is gone from a folder that moved was gone from there. Only a file that is the same tells of a move: a name
+    alone may be that of another folder's picture, on a disk that is not there just now.
+
+    Raises:
+        GalleryError: for an id that another file has, or a file of a folder that nothing here came from.
+    """
+    moved, left, others = {}, set(), []
+    for file, old in files.elsewhere():
+        if old.path is not None and same_file(old.path, file.path):
+            continue
+        if old.path is None or os.path.lexists(old.path):
+            other = "a dataset" if old.path is None else os.fsdecode(old.path)
+            raise GalleryError(f"{gallery} holds {file.id!r} already, of {other}; use another prefix")
+        end = os.sep.encode() + file.id.removeprefix(prefix).encode()
+        root = old.path[: -len(end)] if old.path.endswith(end) else b""
+        if file[2:] == old[2:]:
+            moved[file.id] = file.path
+            left |= {root} - {b""}
+        else:
+            others.append((file, old, root))
+    strange = []
+    for file, old, root in others:
+        if root in left:
+            continue
+        if file.size == old.size and holds(gallery, file.id, lambda path=file.path: read_file(path)[0]):
+            left |= {root} - {b""}
+        else:
+            strange.append((old, root))
+    for old, root in strange:
+        if root not in left:
+            raise GalleryError(
+                f"{gallery} holds {old.id!r} already, of {os.fsdecode(old.path)}, which is another picture and not "
+                "there just now; use another prefix, or remove that picture from the gallery"
+            )
+    return moved, left
+
+
+def holds(gallery: Gallery, name: str, read: Callable[[], bytes]) -> bool:
+    """Whether the gallery's picture of an id has the bytes that `read` gives; no, where it raises `ValueError`."""
+    with contextlib.suppress(ValueError):
+        return content_digest(read()) == gallery.content(name)
+    return False
+
+
+def bytes_of(picture: dict | None) -> bytes:
+    """The encoded picture of a dataset's row. Raises `ValueError` where there is none."""
+    content = picture.get("bytes") if picture else None
+    if content is None and picture and picture.get("path"):
+        content, _ = read_file(os.fsencode(picture["path"]))
+    if content is None:
+        raise ValueError("no picture given")
+    return content
+
+
 def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_column: str) -> Plan:
     """What a dataset's rows ask for.
 
@@ -186,6 +243,8 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     """
     from datasets import Image as ImageFeature
 
+    if not hasattr(rows, "column_names"):
+        raise GalleryError(f"add takes a folder or a datasets.Dataset, not a {type(rows).__name__}")
     if isinstance(rows, dict):
         raise GalleryError(f"these are several splits, {list(rows)}; add one of its splits, such as dataset['train']")
     if image_column not in rows.column_names:
@@ -195,8 +254,9 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     if len(set(ids)) != len(ids):
         twice = next(name for name, count in Counter(ids).items() if count > 1)
         raise GalleryError(f"column {id_column!r} holds {twice!r} more than once; ids must differ")
-    there = [(name, row) for name, row in zip(ids, gallery.rows.of(ids).tolist(), strict=True) if row >= 0]
-    files = [name for name, row in there if gallery.path(row) is not None]
+    known = gallery.rows.of(ids)
+    there = np.flatnonzero(known >= 0).tolist()
+    files = [ids[number] for number in there if gallery.path(known[number]) is not None]
     if files:
         raise GalleryError(f"{gallery} holds {files[0]!r} already ({len(files)} ids of files); use another prefix")
     others = [c for c in rows.column_names if c not in (image_column, id_column)]
@@ -208,6 +268,13 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
         frame = tidy(table.to_pandas(integer_object_nulls=True).set_axis(ids), "the dataset")
     pictures = rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
     rows = DatasetRows(pictures, image_column, ids)
+    if there and not named:
+        items = (rows[number : number + 1][0] for number in there)
+        if not any(holds(gallery, name, lambda picture=picture: bytes_of(picture)) for name, picture in items):
+            raise GalleryError(
+                f"{gallery} holds {ids[there[0]]!r} already, of another dataset; use another prefix, or name a column "
+                "of ids that differ (id_column)"
+            )
     return Plan(rows, len(there), metadata=frame, columns_left_out=left_out)
 
 

@@ -68,15 +68,29 @@ def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, pref
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """A column is of one kind in all of a long file, and whole numbers beside missing ones stay whole."""
-    options = {"keep_default_na": False, "na_values": [""], "dtype_backend": "numpy_nullable"}
-    return pd.read_csv(path, low_memory=False, **options)
+    """A column is of one kind in all of a long file, and whole numbers beside missing ones stay whole.
+
+    Numbers with leading zeros, such as article numbers and postcodes, stay texts. Raises `ValueError` for rows of more
+    cells than there are columns.
+    """
+    options = {"keep_default_na": False, "na_values": [""], "dtype_backend": "numpy_nullable", "low_memory": False}
+    texts = pd.read_csv(path, dtype="string", **options)
+    if not isinstance(texts.index, pd.RangeIndex):  # rows are longer than the header, and the first cells were taken
+        if texts.iloc[:, -1].notna().any():
+            raise ValueError(f"rows have more cells than there are columns, {', '.join(texts.columns)}")
+        options["index_col"] = False  # as each row ends with a comma
+        texts = pd.read_csv(path, dtype="string", **options)
+    frame = pd.read_csv(path, **options)
+    for name in frame.columns[[pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]:
+        if texts[name].str.match(r"\s*0\d").any():
+            frame[name] = texts[name]
+    return frame
 
 
 def read_json_lines(path: Path) -> pd.DataFrame:
     """Values as they are written, with dates as texts. Raises `ValueError` naming the line."""
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:  # as Windows writes it
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:

@@ -4,6 +4,7 @@ Only thumbnails of the gallery's own pictures are sent out; no path of this mach
 """
 
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from .pipeline_tscir import ComposedImageRetrievalPipeline
 logger = logging.get_logger(__name__)
 MAX_UPLOAD_BYTES = 16 * 2**20
 MAX_UPLOADS_A_MINUTE = 60
+MAX_REQUEST_BYTES = 64 * 2**10
+POSTED = ("/upload", "/queue/join", "/call/search", "/run/predict", "/cancel", "/reset")
 MAX_WAITING = 32
 MAX_TEXT = 500
 MAX_RESULTS = 50
@@ -83,6 +86,11 @@ def captioned(results: list[dict], names: bool = True) -> list[tuple[Image.Image
     return shown
 
 
+def trail_of(steps: list[str]) -> str:
+    """Names and texts on the way to a query, as Markdown that shows them as they are."""
+    return " → ".join(re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", step) for step in steps)
+
+
 def pictures(name: str, columns: int, height: int | None = None, value=None) -> gr.Gallery:
     """A row of pictures that can be clicked."""
     return gr.Gallery(
@@ -141,11 +149,11 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
             raise gr.Error("That result is gone; search again.", print_exception=False)
         name = shown[event.index]
         steps = [*steps, *([f"“{text.strip()}”"] if (text or "").strip() else []), printable(name)]
-        return name, small(gallery, name), "", steps, " → ".join(steps)
+        return name, small(gallery, name), "", steps, trail_of(steps)
 
     def choose(event: gr.SelectData):
         name = samples[event.index]
-        return name, small(gallery, name), [printable(name)], printable(name)
+        return name, small(gallery, name), [printable(name)], trail_of([printable(name)])
 
     def forget_choice():
         return None, [], ""
@@ -187,12 +195,15 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
         starters.select(choose, None, [chosen, image, steps, trail], api_name=False).then(
             search, inputs, outputs, api_name=False, **alone
         )
-        gr.on([image.upload, image.clear], forget_choice, None, [chosen, steps, trail], api_name=False)
+        # Not by way of the queue: were it full, the next search would be by what was chosen before.
+        gr.on([image.upload, image.clear], forget_choice, None, [chosen, steps, trail], api_name=False, queue=False)
     return page.queue(max_size=MAX_WAITING, api_open=False)  # else requests could pass the queue by
 
 
 class Limits:
     """ASGI middleware: uploads of bounded size, so many a minute, and a queue of bounded length; beyond that, "busy".
+
+    Nothing else that is posted is long, and what the page has no use for is not there.
 
     Args:
         is_full: whether the queue takes no more.
@@ -205,9 +216,16 @@ class Limits:
     async def __call__(self, scope, receive, send):
         problem = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            path = scope["path"].rstrip("/")
-            if path.endswith("/upload"):
-                problem = self._problem(dict(scope["headers"]))
+            path, length = scope["path"].rstrip("/"), dict(scope["headers"]).get(b"content-length", b"")
+            longest = MAX_UPLOAD_BYTES if path.endswith("/upload") else MAX_REQUEST_BYTES
+            if not path.endswith(POSTED):
+                problem = 404, "There is nothing here."
+            elif not length.isdigit():
+                problem = 411, "A request must state its length."
+            elif int(length) > longest:
+                problem = 413, f"This may have at most {longest >> 10:,} KiB."
+            elif path.endswith("/upload"):
+                problem = self._too_many()
             elif path.endswith(("/queue/join", "/call/search")) and self.is_full():
                 problem = 503, "Busy: too many searches are waiting; try again in a minute."
         if problem is None:
@@ -218,12 +236,7 @@ class Limits:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": text.encode()})
 
-    def _problem(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
-        length = headers.get(b"content-length", b"")
-        if not length.isdigit():
-            return 411, "An upload must state its length."
-        if int(length) > MAX_UPLOAD_BYTES:
-            return 413, f"A picture may have at most {MAX_UPLOAD_BYTES >> 20} MiB."
+    def _too_many(self) -> tuple[int, str] | None:
         now = time.monotonic()
         while self.recent and now - self.recent[0] > 60:
             self.recent.popleft()

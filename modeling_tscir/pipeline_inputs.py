@@ -29,10 +29,14 @@ def gallery_of(images, image_column: str, id_column: str) -> tuple[Sequence[Imag
     if isinstance(images, (str, os.PathLike)) and not is_url(images):
         if os.path.splitext(images)[1].lower() in EXTENSIONS and not os.path.isdir(images):
             raise ValueError(f"{images} is one picture; index a folder or a list")
+        if os.path.isfile(os.path.join(images, "gallery.json")):
+            raise ValueError(f"{images} is a gallery; open it: index(Gallery.load({os.fspath(images)!r}))")
         ids = list_images(images)
         return [os.path.join(images, name) for name in ids], ids
-    if isinstance(images, (str, bytes, Image.Image)) or len(images) == 0:
-        raise ValueError("index takes a folder, a list that is not empty, or a datasets.Dataset")
+    if isinstance(images, (str, bytes, Image.Image)) or not hasattr(images, "__len__") or len(images) == 0:
+        raise ValueError(
+            f"index takes a folder, a list that is not empty, or a datasets.Dataset; not a {type(images).__name__}"
+        )
     named = (str, os.PathLike)
     return list(images), [os.fspath(x) if isinstance(x, named) else i for i, x in enumerate(images)]
 

@@ -162,6 +162,9 @@ def test_letters_of_other_languages_are_drawn():
 def test_a_long_query_is_cut_where_it_is_seen():
     draw = ImageDraw.Draw(Image.new("RGB", (10, 10)))
     assert wrapped("a red dress", draw, 400) == "a red dress"
+    chinese = wrapped("红色连衣裙" * 20, draw, 400).split("\n")
+    assert "".join(chinese) == "红色连衣裙" * 20 and len(chinese) > 1
+    assert max(draw.textlength(line, font=font(18)) for line in chinese) <= 400
     lines = wrapped("word " * 200, draw, 400).split("\n")
     assert len(lines) == 6 and lines[-1].endswith("word …") and not any("…" in line for line in lines[:-1])
 

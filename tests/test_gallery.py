@@ -324,6 +324,24 @@ def test_two_writers_one_after_the_other_see_each_others_work(make_gallery):
         first.remove(["0.png"])
 
 
+def test_what_excludes_is_a_list_of_ids(make_gallery):
+    gallery = make_gallery()
+    query = gallery.vectors(np.array([0])).float()
+    for wrong in ("0.png", [0], [os.path.join], 7, iter(["0.png"])):
+        with pytest.raises(ValueError, match="exclude is a list of ids, which are texts, not"):
+            gallery.search(query, 6, exclude=wrong)
+    assert len(gallery.search(query, 6, exclude={"0.png", "unknown.png"})[0]) == 5
+
+
+def test_a_folder_whose_making_was_interrupted_is_taken(stage2, processor, picture_folder, tmp_path):
+    (tmp_path / "g/shards").mkdir(parents=True)
+    (tmp_path / "g/gallery.json.part").write_text('{"form', "utf-8")
+    assert len(Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)) == 6
+    (tmp_path / "other/shards/of my own").mkdir(parents=True)
+    with pytest.raises(GalleryError, match="holds no gallery; name a new folder"):
+        Gallery.create(tmp_path / "other", stage2, processor)
+
+
 def test_one_writer_at_a_time(make_gallery, picture_folder, stage2, processor):
     gallery = make_gallery()
     with gallery.locked(), pytest.raises(GalleryError, match="written by another process"):

@@ -29,7 +29,7 @@ def test_a_faiss_index_tells_its_recall_and_follows_the_gallery(make_gallery, pi
     assert len(list(gallery.folder.glob("faiss-*"))) == 1
     with pytest.raises(GalleryError, match="does not understand"):
         gallery.build_index("Nonsense12")
-    with pytest.raises(GalleryError, match="do not train"):
+    with pytest.raises(GalleryError, match="do not make a IVF4096,PQ8 index .*fewer cells"):
         gallery.build_index("IVF4096,PQ8")
 
 
@@ -105,6 +105,27 @@ def test_an_index_that_cannot_be_rebuilt_goes_and_the_report_stays(make_gallery,
     report = gallery.add(picture_folder, stage2, processor, progress=False)
     assert report.removed == 35 and [bad["id"] for bad in report.unreadable] == ["bad.jpg"]
     assert "index" not in Gallery(gallery.folder).info
+
+
+def test_an_index_gives_as_many_as_are_asked_for(make_gallery, picture_folder):
+    pytest.importorskip("faiss")
+    for i in range(120):
+        noise(100 + i).save(picture_folder / f"n{i}.png")
+    gallery = make_gallery()
+    gallery.build_index("IVF40,Flat")
+    queries = gallery.vectors(np.arange(3)).float()
+    found = gallery.search(queries, 126)  # more than eight of its cells hold
+    assert [len(results) for results in found] == [126] * 3
+    for mine, exact in zip(found, gallery.search(queries, 126, exact=True), strict=True):
+        assert [result["id"] for result in mine] == [result["id"] for result in exact]
+
+
+def test_an_index_that_cannot_hold_the_pictures_is_told_in_a_sentence(make_gallery):
+    pytest.importorskip("faiss")
+    gallery = make_gallery()
+    with pytest.raises(GalleryError, match="6 pictures do not make a NSG8 index"):
+        gallery.build_index("NSG8")
+    assert len(gallery.search(gallery.vectors(np.array([0])).float(), 6)[0]) == 6
 
 
 def test_many_copies_do_not_starve_an_index(make_gallery, picture_folder):

@@ -102,12 +102,15 @@ def test_a_tag_of_the_wrong_kind_does_not_cost_a_picture_that_is_turned(picture,
     assert find_bad_images([stored], ["a"]) == [] and far(load_image(stored), picture) == 0
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_as_pillow_turns_it(picture, orientation):
+def test_every_orientation_is_turned_as_pillow_turns_it(picture, orientation, kind):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    content = encoded(picture, "png", exif=exif)
+    content = encoded(picture, kind, exif=exif)
     assert far(load_image(content), ImageOps.exif_transpose(Image.open(io.BytesIO(content)))) == 0
+    opened = Image.open(io.BytesIO(content))
+    assert load_image(opened).size == load_image(opened).size == load_image(content).size
 
 
 def test_what_fails_while_it_is_turned_is_found_before(monkeypatch, picture):

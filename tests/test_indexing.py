@@ -117,7 +117,7 @@ def test_files_are_compared_without_being_held(tmp_path):
     assert [f.id for f in todo[:]] == ["grown", "touched", "new"] and replacing == 2 and len(todo) == 3
     assert todo[1:2] == [file("touched", "/c", 1, 5)] and pickle.loads(pickle.dumps(todo))[:] == todo[:]
     assert list(new.missing()) == [("gone", b"/e")]
-    assert list(new.elsewhere()) == [(file("touched", "/c", 1, 5), b"/x", False)]
+    assert list(new.elsewhere()) == [(file("touched", "/c", 1, 5), file("touched", "/x"))]
 
 
 def test_two_files_of_one_id_do_not_cost_the_first(make_gallery, tmp_path):
@@ -169,8 +169,46 @@ def test_a_folder_that_is_away_keeps_its_other_pictures(make_gallery, stage2, pr
     picture_folder.rename(tmp_path / "away")
     (tmp_path / "other").mkdir()
     noise(77).save(tmp_path / "other/0.png")
-    report = gallery.add(tmp_path / "other", stage2, processor, progress=False)
-    assert (report.changed, report.removed) == (1, 0) and len(gallery) == 6
+    before = gallery.content("0.png")
+    with pytest.raises(GalleryError, match=r"'0.png' already, of .*another picture.*another prefix"):
+        gallery.add(tmp_path / "other", stage2, processor, progress=False)
+    assert gallery.content("0.png") == before and len(gallery) == 6
+    assert gallery.add(tmp_path / "other", stage2, processor, prefix="other/", progress=False).added == 1
+
+
+def test_a_copy_of_other_times_is_the_folder_that_it_was_copied_from(
+    make_gallery, picture_folder, stage2, processor, tmp_path
+):
+    gallery = make_gallery()
+    shutil.copytree(picture_folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    noise(77).save(tmp_path / "copy/0.png")  # the first, and another by now
+    (tmp_path / "copy/2.png").unlink()
+    shutil.rmtree(picture_folder)
+    report = gallery.add(tmp_path / "copy", stage2, processor, progress=False)
+    assert (report.added, report.removed) == (0, 1) and len(gallery) == 5
+    assert gallery.path(gallery.row("below/1.png")) == str(tmp_path / "copy/below/1.png")
+
+
+def test_links_to_what_is_away_lose_nothing(make_gallery, picture_folder, stage2, processor, tmp_path):
+    (tmp_path / "disk").mkdir()
+    noise(1).save(tmp_path / "disk/far.png")
+    (picture_folder / "far.png").symlink_to(tmp_path / "disk/far.png")
+    gallery = make_gallery()
+    (tmp_path / "disk").rename(tmp_path / "away")
+    report = gallery.add(picture_folder, stage2, processor, progress=False)
+    assert report.removed == 0 and "far.png" in gallery
+    assert [bad["id"] for bad in report.unreadable] == ["far.png"]
+    (picture_folder / "far.png").unlink()
+    assert gallery.add(picture_folder, stage2, processor, progress=False).removed == 1
+
+
+def test_what_became_no_regular_file_is_gone(make_gallery, picture_folder, stage2, processor):
+    gallery = make_gallery()
+    (picture_folder / "0.png").unlink()
+    os.mkfifo(picture_folder / "0.png")
+    report = gallery.add(picture_folder, stage2, processor, progress=False)
+    assert report.removed == 1 and "0.png" not in gallery
+    assert [bad["id"] for bad in report.unreadable] == ["0.png"]
 
 
 def test_a_pictures_folder_that_moved_or_is_named_through_a_link(
@@ -235,6 +273,21 @@ def test_datasets_rows_are_kept_in_the_gallery(pictures, stage2, processor, tmp_
     assert table.num_rows == 12 and len(table[0]["embedding"]) == 24 and table[7]["id"] == "more/p1"
     shard = datasets.Dataset.from_file(str(gallery.shards[0] / "rows.arrow"))
     assert shard[1]["id"] == "p1"
+
+
+def test_rows_that_are_numbered_are_not_those_of_another_dataset(pictures, stage2, processor, tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    first = datasets.Dataset.from_dict({"image": pictures[:4]}, features=features)
+    other = datasets.Dataset.from_dict({"image": pictures[4:6]}, features=features)
+    gallery = Gallery.create(tmp_path / "g", stage2, processor)
+    gallery.add(first, stage2, processor, progress=False)
+    with pytest.raises(GalleryError, match=r"'0' already, of another dataset; use another prefix.*id_column"):
+        gallery.add(other, stage2, processor, progress=False)
+    assert len(gallery) == 4 and gallery.picture("0").tobytes() == pictures[0].tobytes()
+    assert gallery.add(other, stage2, processor, prefix="b/", progress=False).added == 2
+    grown = datasets.Dataset.from_dict({"image": [noise(1), *pictures[1:5]]}, features=features)
+    report = gallery.add(grown, stage2, processor, progress=False)
+    assert (report.added, report.changed, report.unchanged) == (1, 1, 3)
 
 
 def test_embeddings_that_are_no_numbers_are_refused(make_gallery, stage2):

@@ -84,3 +84,35 @@ def test_pictures_of_a_dataset_are_no_metadata(stage2, processor, tmp_path):
     assert report.columns_left_out == ["mask", "masks", "raw"]
     assert "Not metadata, as they hold pictures, sound or bytes: mask, masks, raw." in report.sentences()
     assert gallery.metadata.loc["0"].to_dict() == {"price": LONG, "tags": "red, dress"}
+
+
+def test_leading_zeros_are_kept(tmp_path):
+    """Article numbers and postcodes are no numbers."""
+    (tmp_path / "metadata.csv").write_text("file_name,gtin,price,share\na,04006381333931,10,0.5\nb,7,,0\n", "utf-8")
+    frame = read_metadata(tmp_path, None, "")
+    assert frame["gtin"].tolist() == ["04006381333931", "7"]
+    assert kinds_of(frame) == {"gtin": "text", "price": "number", "share": "number"}
+    assert frame.loc["a"].tolist()[1:] == [10, 0.5]
+
+
+def test_rows_of_a_csv_file_may_end_with_a_comma(tmp_path):
+    path = tmp_path / "metadata.csv"
+    path.write_text("file_name,price\n0.png,10,\n1.png,11,\n", "utf-8")
+    assert read_metadata(tmp_path, None, "")["price"].to_dict() == {"0.png": 10, "1.png": 11}
+    path.write_text("file_name,price\n0.png,10,red\n", "utf-8")
+    with pytest.raises(ValueError, match="more cells than there are columns, file_name, price"):
+        read_metadata(tmp_path, None, "")
+
+
+def test_json_lines_as_windows_writes_them(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "price": 1}\n', "utf-8-sig")
+    assert read_metadata(tmp_path, None, "").loc["a", "price"] == 1
+
+
+def test_a_file_without_columns_takes_back_what_was_known(tmp_path, stage2, processor, picture_folder):
+    (picture_folder / "metadata.csv").write_text("file_name,price\n0.png,99\n", "utf-8")
+    gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
+    assert gallery.metadata.loc["0.png", "price"] == 99
+    (picture_folder / "metadata.csv").write_text("file_name\n0.png\n", "utf-8")
+    gallery.add(picture_folder, stage2, processor, progress=False)
+    assert list(gallery.metadata) == list(Gallery(tmp_path / "g").metadata) == []

@@ -104,6 +104,12 @@ def test_uploads_are_bounded_in_size_and_number(address, pictures, monkeypatch):
 
     endless = httpx.post(f"{address}/gradio_api/upload", content=chunks(), headers={"transfer-encoding": "chunked"})
     assert endless.status_code == 411
+    long = {"data": [None, "red" * page_module.MAX_REQUEST_BYTES, None, 0, 3]}
+    for route in ("call/search", "queue/join"):
+        assert httpx.post(f"{address}/gradio_api/{route}", json=long, timeout=30).status_code == 413
+    recording = {"file": ("a.webm", b"x")}
+    for route in ("process_recording", "component_server", "nothing"):
+        assert httpx.post(f"{address}/gradio_api/{route}", files=recording, timeout=30).status_code == 404
     content = png(pictures[0])
     monkeypatch.setattr(page_module, "MAX_UPLOADS_A_MINUTE", 5)
     codes = [upload(address, content).status_code for _ in range(7)]
@@ -156,6 +162,41 @@ def test_a_flood_is_queued_and_then_told_that_it_is_busy(address, cir, monkeypat
     slow.set()
     time.sleep(2)
     assert search(address, text="red")["event"] == "complete"
+
+
+def test_an_upload_is_what_is_searched_however_full_the_queue(address, pictures, monkeypatch):
+    """What was chosen before is forgotten without waiting for a place."""
+    config = httpx.get(f"{address}/config", timeout=30).json()
+    names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
+    on = {(names.get(of), event): f["id"] for f in config["dependencies"] for of, event in f["targets"]}
+    session = {"session_hash": "s"}
+
+    def through_the_queue(fn: int, data: list, event_data=None) -> list:
+        body = {"fn_index": fn, "data": data, "event_data": event_data, **session}
+        assert httpx.post(f"{address}/gradio_api/queue/join", json=body, timeout=30).status_code == 200
+        with httpx.stream("GET", f"{address}/gradio_api/queue/data", params=session, timeout=60) as stream:
+            for line in stream.iter_lines():
+                message = json.loads(line.removeprefix("data:") or "{}") if line else {}
+                if message.get("msg") == "process_completed":
+                    assert message["success"], message
+                    return message["output"]["data"]
+
+    def search_uploaded() -> str:
+        picture = {"path": upload(address, png(pictures[4])).json()[0], "meta": {"_type": "gradio.FileData"}}
+        return through_the_queue(on["search", "click"], [picture, None, "", None, 0, 3])[0][0]["caption"]
+
+    through_the_queue(on["samples", "select"], [], {"index": 0, "value": None})
+    assert " 4.png" not in search_uploaded()
+    body = {"fn_index": on["picture", "upload"], "data": [], **session}
+    with monkeypatch.context() as full:
+        full.setattr(page_module, "MAX_WAITING", 0)
+        assert httpx.post(f"{address}/gradio_api/queue/join", json=body, timeout=30).status_code == 503
+        assert httpx.post(f"{address}/gradio_api/run/predict", json=body, timeout=30).status_code == 200
+    assert " 4.png" in search_uploaded()
+
+
+def test_the_trail_shows_names_as_they_are():
+    assert page_module.trail_of(["_a*b*_.png", "“<b>red</b> 5$”"]) == (r"\_a\*b\*\_\.png → “\<b\>red\<\/b\> 5\$”")
 
 
 def test_an_empty_gallery_has_no_page(stage2, processor, tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import pipeline
 
 import modeling_tscir
-from modeling_tscir import BadImagesError, ComposedImageRetrievalPipeline
+from modeling_tscir import BadImagesError, ComposedImageRetrievalPipeline, Gallery
 
 
 @pytest.fixture
@@ -192,6 +192,17 @@ def test_misuse_is_explained(cir, pictures):
     for nothing in ([], pictures[0]):
         with pytest.raises(ValueError, match="index takes"):
             cir.index(nothing)
+
+
+def test_what_is_no_list_of_pictures_is_told(cir, pictures, picture_folder, tmp_path):
+    gallery = Gallery.from_folder(picture_folder, tmp_path / "g", cir.model, cir.processor, progress=False)
+    with pytest.raises(ValueError, match=r"is a gallery; open it: index\(Gallery.load\('.*g'\)\)"):
+        cir.index(tmp_path / "g")
+    for wrong, kind in ((iter(pictures), "list_iterator"), (7, "int"), ([], "list")):
+        with pytest.raises(ValueError, match=f"not a {kind}"):
+            cir.index(wrong)
+    with pytest.raises(ValueError, match=r"add takes a folder or a datasets.Dataset, not a list"):
+        gallery.add(["a.jpg"], cir.model, cir.processor)
 
 
 def test_a_plain_clip_model_is_refused_with_the_way_to_use_it(clip_dir):
