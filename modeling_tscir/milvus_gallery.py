@@ -77,7 +77,8 @@ class MilvusGallery:
         schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=size)
         index = client.prepare_index_params()
         index.add_index("embedding", index_type="FLAT", metric_type="IP")
-        client.create_collection(collection, schema=schema, index_params=index)
+        told = {"consistency_level": "Strong"}  # what is written is read back at once
+        client.create_collection(collection, schema=schema, index_params=index, **told)
         # Milvus wants a vector in every collection.
         schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("id", DataType.VARCHAR, max_length=MAX_ID_BYTES, is_primary=True)
@@ -85,7 +86,7 @@ class MilvusGallery:
         schema.add_field("unused", DataType.FLOAT_VECTOR, dim=2)
         index = client.prepare_index_params()
         index.add_index("unused", index_type="FLAT", metric_type="IP")
-        client.create_collection(f"{collection}_info", schema=schema, index_params=index)
+        client.create_collection(f"{collection}_info", schema=schema, index_params=index, **told)
         info = {
             "format": FORMAT,
             "fingerprint": fingerprint_of(model, processor),
