@@ -311,13 +311,18 @@ def _decode_small(source: ImageSource) -> None:
         to_rgb(image)
 
 
-def handle_bad_images(bad: list[tuple[str, str]], total: int, on_bad_image: str) -> None:
-    """Raise [`BadImagesError`], or with `on_bad_image="skip"` warn and go on."""
+def handle_bad_images(
+    bad: list[tuple[str, str]], total: int, on_bad_image: str, none_left: bool | None = None
+) -> None:
+    """Raise [`BadImagesError`], or with `on_bad_image="skip"` warn and go on.
+
+    Not so if `none_left`, which unless told is where all of `total` are bad.
+    """
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f'on_bad_image must be "error" or "skip", not {on_bad_image!r}')
     if not bad:
         return
     error = BadImagesError(bad, total)
-    if on_bad_image == "error" or len(bad) == total:
+    if on_bad_image == "error" or (len(bad) == total if none_left is None else none_left):
         raise error
     logger.warning(f"skipping {len(bad)} of {total} pictures: " + "; ".join(f"{i} ({why})" for i, why in bad))

@@ -75,6 +75,11 @@ def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
         ({"save_total_limit": -1}, "--save_total_limit must be at least 0, not -1"),
         ({"max_steps": 0}, "--max_steps must be at least 1, or -1 for --num_train_epochs, not 0"),
         ({"num_train_epochs": 0}, "--num_train_epochs must be at least 1, not 0"),
+        ({"warmup_steps": -5}, "--warmup_steps must be at least 0, not -5"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "--lr_scheduler_type is one of linear, .* not reduce",
+        ),
     ],
 )
 def test_numbers_that_cannot_be_are_refused(change, message):

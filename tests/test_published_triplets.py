@@ -153,6 +153,25 @@ def test_rows_that_a_killed_run_left_are_not_taken_for_this_ones(tmp_path, coco)
     assert run(tmp_path, *flags)["modification"] == whole["modification"]
 
 
+def test_files_as_windows_or_an_editor_leave_them(tmp_path, coco):
+    """With a byte order mark, or blank lines before a list."""
+    content = json.dumps(lasco_records(3))
+    (tmp_path / "marked.json").write_text(content, "utf-8-sig")
+    (tmp_path / "blank.json").write_text(f"\n \n{content}", "utf-8")
+    for name in ("marked", "blank"):
+        assert len(run(tmp_path, "lasco", tmp_path / f"{name}.json", "--image_dir", coco)) == 3
+
+
+def test_data_of_others_is_not_written_over(tmp_path, coco):
+    """As what synthesize.py wrote, for which a language model may have been paid."""
+    (tmp_path / "lasco.json").write_text(json.dumps(lasco_records(3)), "utf-8")
+    (tmp_path / "out/data").mkdir(parents=True)
+    (tmp_path / "out/data/train-00000-of-00001.parquet").write_bytes(b"precious")
+    with pytest.raises(SystemExit, match="out holds other data, .* choose another folder"):
+        run(tmp_path, "lasco", tmp_path / "lasco.json", "--image_dir", coco)
+    assert (tmp_path / "out/data/train-00000-of-00001.parquet").read_bytes() == b"precious"
+
+
 def test_what_cannot_be_used_is_named_or_listed(tmp_path, coco, capsys):
     records = lasco_records(6)  # the last target is missing
     records[1]["query-text"] = ""

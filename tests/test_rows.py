@@ -1,7 +1,7 @@
 import pytest
 from accelerate import Accelerator
 from arguments import DataArguments, LoopArguments
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from rows import GroupedBatches, RowBatches, hold_out, load_rows, load_source
 
 from modeling_tscir import BadImagesError
@@ -93,6 +93,32 @@ def test_columns_that_hold_no_texts_are_refused(tmp_path, values):
     Dataset.from_dict({"caption": values}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match="column caption of .* holds no texts but"):
         load_rows(DataArguments(dataset_name=str(tmp_path / "train.parquet")), {"caption": "a text"}, images=[])
+
+
+@pytest.mark.parametrize("values", [[1, 2], [0.5, 1.0], [[{"a": 1}], [{"a": 2}]], [{"a": "b"}, {"a": "c"}]])
+def test_columns_that_hold_no_pictures_are_refused(tmp_path, values):
+    Dataset.from_dict({"image": values, "caption": ["a", "b"]}).to_parquet(tmp_path / "d.parquet")
+    data = DataArguments(dataset_name=str(tmp_path / "d.parquet"))
+    with pytest.raises(ValueError, match=r"column image of .*d.parquet holds no pictures but"):
+        load_rows(data, {"image": "a picture", "caption": "a text"}, images=["image"])
+
+
+def test_rows_are_left_out_as_long_as_one_is_left(tmp_path, pictures):
+    pictures[0].save(tmp_path / "0.png")
+    bad = {"bytes": b"nothing", "path": None}
+    features = Features({"image": {"bytes": Value("binary"), "path": Value("string")}, "caption": Value("string")})
+    good = {"bytes": (tmp_path / "0.png").read_bytes(), "path": None}
+    data = DataArguments(dataset_name=str(tmp_path / "d.parquet"), on_bad_image="skip")
+    columns = {"image": "a picture", "caption": "a text"}
+    rows = Dataset.from_dict({"image": [bad, good], "caption": ["", "b"]}, features=features)
+    rows.to_parquet(tmp_path / "d.parquet")
+    rows, left_out = load_rows(data, columns, images=["image"])
+    assert rows["caption"][:] == ["b"] and len(left_out) == 2
+    rows = Dataset.from_dict({"image": [bad, good], "caption": ["a", " "]}, features=features)
+    rows.to_parquet(tmp_path / "e.parquet")
+    data = DataArguments(dataset_name=str(tmp_path / "e.parquet"), on_bad_image="skip")
+    with pytest.raises(BadImagesError, match="row 0, column image"):
+        load_rows(data, columns, images=["image"])
 
 
 def test_data_that_cannot_be_loaded_is_named(tmp_path):

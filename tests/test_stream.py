@@ -208,6 +208,17 @@ def test_a_shard_that_ends_too_early_is_named_or_left(launch, clip_dir, shards, 
     assert len(record["skipped_images"]) == 1
 
 
+def test_a_shard_that_is_damaged_may_come_twice_in_a_row(launch, clip_dir, shards, tmp_path):
+    """As the order of shards is another each epoch."""
+    for n, kept in ((0, None), (1, 100)):
+        (tmp_path / f"{n}.tar").write_bytes((shards / f"tar/0000{n}.tar").read_bytes()[:kept])
+    flags = ["--dataset_name", tmp_path / "*.tar", "--image_column", "png", "--caption_column", "txt", "--streaming"]
+    flags += ["--max_steps", 12, "--per_device_train_batch_size", 4, "--shuffle_buffer_size", 4]
+    flags += ["--on_bad_image", "skip"]
+    for seed in range(3):
+        launch(stage1_script, clip_dir, tmp_path / f"run{seed}", *flags, "--seed", seed)
+
+
 def test_texts_and_pictures_that_are_not_there_are_bad_rows(processor):
     examples = CaptionedImages(processor, Stage1Arguments())
     picture = {"bytes": encoded(0), "path": None}

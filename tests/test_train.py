@@ -84,10 +84,11 @@ def test_training_lowers_the_loss(launch, clip_dir, tmp_path, capfd):
         assert name in lines[0]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_ends_with_the_same_tensors(launch, clip_dir, tmp_path, accumulation):
+# Three and four batches an epoch, of which one and none are left over.
+@pytest.mark.parametrize(("accumulation", "batch_size", "steps"), [(1, 8, 12), (2, 8, 4), (2, 6, 8)])
+def test_a_resumed_run_ends_with_the_same_tensors(launch, clip_dir, tmp_path, accumulation, batch_size, steps):
     flags = ["--num_train_epochs", 4, "--gradient_accumulation_steps", accumulation, "--save_total_limit", 20]
-    steps = {1: 12, 2: 4}[accumulation]  # three batches an epoch
+    flags += ["--per_device_train_batch_size", batch_size]
     whole = launch(stage1_script, clip_dir, tmp_path / "a", *flags, "--save_steps", 1)
     assert len(list((tmp_path / "a").glob("checkpoint-*"))) == steps - 1
     for step in (1, steps // 2 + 1):
@@ -98,15 +99,66 @@ def test_a_resumed_run_ends_with_the_same_tensors(launch, clip_dir, tmp_path, ac
         assert same(whole, resumed)
 
 
-def test_a_resumed_stage_two_ends_with_the_same_tensors_mined_negatives_included(launch, stage1_folder, tmp_path):
-    flags = ["--num_train_epochs", 4, "--hard_negative_refresh", 4, "--lora_dropout", 0.2, "--save_total_limit", 20]
+@pytest.mark.parametrize(("accumulation", "batch_size", "from_steps"), [(1, 8, (3, 6, 8)), (2, 6, (3, 6))])
+def test_a_resumed_stage_two_ends_with_the_same_tensors_mined_negatives_included(
+    launch, stage1_folder, tmp_path, accumulation, batch_size, from_steps
+):
+    flags = ["--num_train_epochs", 4, "--hard_negative_refresh", 4 // accumulation, "--save_total_limit", 20]
+    flags += ["--gradient_accumulation_steps", accumulation, "--per_device_train_batch_size", batch_size]
+    flags += ["--lora_dropout", 0.2]
     whole = launch(stage2_script, stage1_folder, tmp_path / "a", *flags, "--save_steps", 1)
-    for step in (3, 6, 8):
+    for step in from_steps:
         resumed = launch(
             stage2_script, stage1_folder, tmp_path / "b", *flags, "--save_steps", 0,
             "--resume_from_checkpoint", tmp_path / f"a/checkpoint-{step}",
         )  # fmt: skip
         assert same(whole, resumed)
+
+
+def test_every_step_is_of_as_many_batches(launch, stage1_folder, tmp_path, monkeypatch):
+    """Also in the first step behind an epoch whose last batch ended one."""
+    taken, real = [], stage2_script.Miner.negatives
+    monkeypatch.setattr(Miner, "__call__", lambda self, step: taken.append(0) or {})
+    monkeypatch.setattr(
+        Miner, "negatives", lambda self, rows: taken.__setitem__(-1, taken[-1] + 1) or real(self, rows)
+    )
+    flags = ["--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 6, "--max_steps", 7]
+    launch(stage2_script, stage1_folder, tmp_path / "a", *flags)
+    assert taken == [2] * 7
+
+
+def test_a_run_does_not_go_on_from_another_model(launch, clip_dir, stage1, processor, clip, tmp_path):
+    flags = ["--max_steps", 3, "--save_steps", 2]
+    launch(stage1_script, clip_dir, tmp_path / "one", *flags)
+    with torch.no_grad():
+        clip.visual_projection.weight += 0.01
+    clip.save_pretrained(tmp_path / "other_clip")
+    processor.save_pretrained(tmp_path / "other_clip")
+    again = ["--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match="checkpoint-2 was trained from another CLIP than --model_name_or_path has"):
+        launch(stage1_script, tmp_path / "other_clip", tmp_path / "one", *flags, *again)
+    launch(stage2_script, tmp_path / "one", tmp_path / "two", *flags)
+    launch(stage1_script, clip_dir, tmp_path / "other", *flags, "--seed", 1)
+    with pytest.raises(ValueError, match="checkpoint-2 was trained from another mapper than --model_name_or_path"):
+        launch(stage2_script, tmp_path / "other", tmp_path / "two", *flags, *again)
+    launch(stage2_script, tmp_path / "one", tmp_path / "two", *flags, *again)
+
+
+def test_a_loss_that_is_no_number_ends_a_run_and_keeps_what_was_good(launch, clip_dir, tmp_path):
+    flags = ["--learning_rate", 1e9, "--max_steps", 9, "--warmup_steps", 3, "--save_steps", 1]
+    flags += ["--lr_scheduler_type", "constant_with_warmup", "--max_grad_norm", 0]
+    with pytest.raises(ValueError, match=r"loss of step \d is nan: nothing is written.*--learning_rate"):
+        launch(stage1_script, clip_dir, tmp_path / "a", *flags)
+    assert not (tmp_path / "a/tscir_delta.safetensors").exists()
+    kept = sorted((tmp_path / "a").glob("checkpoint-*"))
+    assert kept and all(t.isfinite().all() for t in load_file(kept[0] / "tscir_delta.safetensors").values())
+
+
+def test_a_run_that_goes_on_in_a_new_folder_keeps_its_best_there(launch, clip_dir, tmp_path):
+    flags = ["--max_steps", 5, "--validation_rows", 4, "--eval_steps", 1, "--save_steps", 4]
+    launch(stage1_script, clip_dir, tmp_path / "a", *flags)
+    launch(stage1_script, clip_dir, tmp_path / "b", *flags, "--resume_from_checkpoint", tmp_path / "a/checkpoint-4")
+    assert (tmp_path / "b/best/tscir_delta.safetensors").is_file()
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(launch, clip_dir, tmp_path):

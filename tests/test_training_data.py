@@ -93,6 +93,8 @@ def test_rows_without_an_id_are_told_by_their_picture(pictures):
     rows = Dataset.from_dict(columns, features=features)
     arguments = stage2_script.Stage2Arguments()
     assert stage2_script.first_of_each(stage2_script.group_names(rows, arguments)) == [0, 1, 0, 3, 1, 5]
+    blank = rows.map(lambda row: {"reference_id": row["reference_id"] or " "})
+    assert stage2_script.first_of_each(stage2_script.group_names(blank, arguments)) == [0, 1, 0, 3, 1, 5]
     rows = rows.remove_columns("reference_id")
     names = stage2_script.group_names(rows, arguments)
     assert stage2_script.first_of_each(names) == [0, 1, 0, 3, 1, 0]

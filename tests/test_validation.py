@@ -6,6 +6,7 @@ import stage2 as stage2_script
 import torch
 import torch.nn.functional as F
 from arguments import DataArguments
+from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 from stage2 import Stage2Arguments
 from validation import Validation
@@ -52,6 +53,24 @@ def test_a_picture_counts_once_however_its_embeddings_differ():
     told["references"] = told["references"] * (1 + 1e-2)  # such a twin would stand before its picture
     assert Validation(Given(), [told], pictures)()["validation_mrr"] == 1
     assert Validation(Given(), [told])()["validation_mrr"] == 0.5
+
+
+def test_captions_of_one_picture_are_held_out_together_and_ranked_as_one(launch, clip_dir, pictures, tmp_path):
+    """Else what was trained on would choose the best weights, and a picture would stand before itself."""
+    rows = {"image": [picture for picture in pictures for _ in range(4)], "caption": [f"red {i}" for i in range(24)]}
+    rows = Dataset.from_dict(rows, features=Features({"image": Image(), "caption": Value("string")}))
+    rows.to_parquet(tmp_path / "rows.parquet")
+    seen, real = [], Validation.__init__
+
+    def watched(self, objective, batches, pictures=None):
+        real(self, objective, batches, pictures)
+        seen.append((len(torch.cat([f["image_embeds"] for f in self.features])), pictures))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "__init__", watched)
+        launch(stage1_script, clip_dir, tmp_path / "a", "--max_steps", 1, "--validation_rows", 5,
+               "--dataset_name", tmp_path / "rows.parquet")  # fmt: skip
+    assert seen == [(8, [0, 0, 0, 0, 4, 4, 4, 4] * 2)]  # two pictures with all that is said of them
 
 
 def test_held_out_pictures_are_told_apart(data):

@@ -12,6 +12,11 @@ import yaml
 from transformers import HfArgumentParser
 
 
+# Those of transformers that need to be told no more than the steps.
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+              "inverse_sqrt")  # fmt: skip
+
+
 @dataclass
 class LoopArguments:
     """Names are transformers' TrainingArguments'. Differing defaults: seed 0, mixed_precision by its own name."""
@@ -29,7 +34,7 @@ class LoopArguments:
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Highest learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay, on matrices alone."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Any scheduler of transformers."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": f"One of {', '.join(SCHEDULERS)}."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or a share of all if below 1."})
     num_train_epochs: int = field(default=10, metadata={"help": "Passes over the data, unless max_steps is given."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps in all; -1 leaves it to num_train_epochs."})
@@ -59,6 +64,10 @@ class LoopArguments:
                             ("save_total_limit", 0), ("dataloader_num_workers", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
+        if self.lr_scheduler_type not in SCHEDULERS:
+            raise ValueError(f"--lr_scheduler_type is one of {', '.join(SCHEDULERS)}, not {self.lr_scheduler_type}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"--warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"--max_steps must be at least 1, or -1 for --num_train_epochs, not {self.max_steps}")
         if self.max_steps == -1 and self.num_train_epochs < 1:

@@ -33,6 +33,7 @@ def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, train
     def load(models, input_dir):
         models.clear()
         tensors = load_file(Path(input_dir, DELTA_NAME))
+        refuse_another_start(Path(input_dir), model, {n: t for n, t in tensors.items() if n not in trained})
         if {n: t.shape for n, t in tensors.items() if n in trained} != {n: p.shape for n, p in trained.items()}:
             raise ValueError(
                 f"{input_dir} holds other tensors than this run trains; give the arguments it was begun with"
@@ -43,6 +44,20 @@ def keep_only_trained_tensors(accelerator: Accelerator, model: TSCIRModel, train
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def refuse_another_start(checkpoint: Path, model: TSCIRModel, frozen: dict[str, torch.Tensor]) -> None:
+    """Raise `ValueError` where a run that goes on began with another CLIP, or another mapper, than this model has."""
+    before = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("backbone_fingerprint")
+    now, own = model.config.backbone_fingerprint, model.state_dict()
+    other = "CLIP" if before and now and before != now else None
+    if any(n in own and not torch.equal(own[n].cpu(), t.to(own[n].dtype)) for n, t in frozen.items()):
+        other = "mapper"
+    if other is not None:
+        raise ValueError(
+            f"{checkpoint} was trained from another {other} than --model_name_or_path has now; give the model that "
+            "the run was begun with, or begin anew"
+        )
 
 
 def keep_backbone(accelerator: Accelerator, model: TSCIRModel, output_dir: str) -> None:

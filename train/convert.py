@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from checkpoints import refuse_unwritable_folder, refuse_used_folder
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 
@@ -151,6 +152,8 @@ def main() -> None:
     args = parser.parse_args()
     known = FORMATS[args.format]
     try:
+        refuse_unwritable_folder(args.output_dir)
+        refuse_used_folder(args.output_dir)
         mapper = read_mapper(args.checkpoint, known)
         model, processor = convert(mapper, known, args.model_name_or_path, args.mapper_input, args.revision)
         args.output_dir.mkdir(parents=True, exist_ok=True)

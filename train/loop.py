@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from arguments import LoopArguments
 from checkpoints import (
     BACKBONE,
@@ -84,7 +84,10 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     """
     logging.disable_progress_bar()  # a bar for every checkpoint would drown the log
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # By count alone: a step at the end of a loader's epoch, too, would be out of step with rows and mining.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, automatic_checkpoint_naming=False),
@@ -164,6 +167,8 @@ def train(
         if progress.step > total:  # as of a checkpoint from before arguments were kept in it
             raise ValueError(f"{folder} is at step {progress.step}, beyond the {total} steps of this run")
         accelerator.print(f"resumed from {folder} at step {progress.step}")
+        if not Path(args.output_dir, "best").is_dir():  # as of a run that goes on in a new folder
+            progress.best = 0.0
     interrupt, stop = Interrupt(accelerator), False
     bar = tqdm(
         total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=f"stage {model.config.stage}"
@@ -193,6 +198,9 @@ def train(
         scheduler.step()
         progress.step += 1
         log.step(progress.step, scheduler.get_last_lr()[0])
+        saving = progress.step == total or (args.save_steps and progress.step % args.save_steps == 0)
+        if saving or progress.step % args.logging_steps == 0:
+            refuse_what_is_no_number(terms["loss"], progress.step)
         if validation is not None and (progress.step % args.eval_steps == 0 or progress.step == total):
             with accelerator.autocast():
                 values = validation()
@@ -226,6 +234,15 @@ def train(
     del objective, optimizer
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def refuse_what_is_no_number(loss: torch.Tensor, step: int) -> None:
+    """Raise `ValueError` for a loss, the same in all processes, that training cannot come back from."""
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss of step {step} is {loss.item()}: nothing is written, and checkpoints from before stay; lower "
+            "--learning_rate, or train in fp32 or bf16"
+        )
 
 
 def write_record(folder: Path, settings: dict, accelerator: Accelerator, progress: Progress) -> None:

@@ -29,6 +29,7 @@ class Miner:
         if refresh < 1:
             raise ValueError(f"--hard_negative_refresh {refresh}: steps between two minings, at least 1")
         self.dataset, self.model, self.refresh, self.batch_size = dataset, model, refresh, batch_size
+        self.several_targets = len(torch.unique(dataset.target_ids)) > 1
         self.rows_ahead = rows_ahead or (lambda step, steps: list(range(len(dataset))))
         self.rows: torch.Tensor | None = None  # [R], sorted
         self.mined: torch.Tensor | None = None  # [R, H], rows of the dataset
@@ -36,8 +37,9 @@ class Miner:
 
     @property
     def wanted(self) -> bool:
-        """Whether the loss has mined negatives."""
-        return self.model.config.mined_negative_weight > 0 and self.model.config.num_mined_negatives > 0
+        """Whether the loss has mined negatives, for which it takes two targets."""
+        config = self.model.config
+        return config.mined_negative_weight > 0 and config.num_mined_negatives > 0 and self.several_targets
 
     def __call__(self, step: int) -> dict[str, float]:
         """Mine if it is time to; how many of the nearest targets the ceiling dropped, and their share."""

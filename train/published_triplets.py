@@ -65,7 +65,7 @@ def megapairs(args: argparse.Namespace) -> Iterator[dict]:
 
 def cc_coir(args: argparse.Namespace) -> Iterator[dict]:
     """CC-CoIR (Ventura et al. 2024): CSV of "pth1", "pth2" (FOLDER/NAME without extension), "edit" and captions."""
-    with open(args.annotations, encoding="utf-8", newline="") as file:
+    with open(args.annotations, encoding="utf-8-sig", newline="") as file:
         for record in csv.DictReader(file):
             row = {"modification": record["edit"], "reference_id": record["pth1"], "target_id": record["pth2"]}
             for name, column in (("reference", "pth1"), ("target", "pth2")):
@@ -148,10 +148,10 @@ def read_records(path: str) -> Iterator[dict]:
     Raises:
         ValueError: naming file and line.
     """
-    with open(path, encoding="utf-8") as file:
-        start = file.read(1)
+    with open(path, encoding="utf-8-sig") as file:
+        start = next((line for line in file if line.strip()), "").lstrip()
         file.seek(0)
-        if start == "[":
+        if start.startswith("["):
             try:
                 yield from json.load(file)
             except json.JSONDecodeError as error:
@@ -220,6 +220,8 @@ def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
     """
     bad: list[str] = []
     aside, final = args.output_dir / "unfinished-data", args.output_dir / "data"
+    if any(final.glob("*.parquet")) and not (args.output_dir / "left_out.txt").is_file():
+        raise ValueError(f"{args.output_dir} holds other data, which this would be mixed with; choose another folder")
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
     aside.mkdir(parents=True)
     try:
@@ -255,6 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--on_bad_image", default="error", choices=["error", "skip"])
     parser.add_argument("--rows_per_file", type=int, help="of the output; 100,000, or 1,000 where pictures are copied")
     args = parser.parse_args(arguments)
+    if args.max_rows is not None and args.max_rows < 1:
+        parser.error(f"--max_rows must be at least 1, not {args.max_rows}")
     if args.source in WITH_IMAGE_DIR and args.image_dir is None:
         parser.error(f"{args.source} needs --image_dir")
     args.rows_per_file = args.rows_per_file or (1_000 if args.source == "webdataset" else 100_000)

@@ -86,6 +86,21 @@ def check_columns(
     for name in set(columns) - set(images):
         if getattr(rows.features[name], "dtype", None) not in ("string", "large_string", "null"):
             raise ValueError(f"column {name} of {data.dataset_name} holds no texts but {rows.features[name]}")
+    for name in images:
+        if not may_be_pictures(rows.features[name]):
+            raise ValueError(f"column {name} of {data.dataset_name} holds no pictures but {rows.features[name]}")
+
+
+def may_be_pictures(feature) -> bool:
+    """Whether `datasets` reads pictures from such a column: encoded, by path, or as arrays of numbers."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= set(feature)
+    if hasattr(feature, "feature"):  # a list, of lists of numbers
+        while hasattr(feature, "feature"):
+            feature = feature.feature
+        return str(getattr(feature, "dtype", "")).startswith(("int", "uint", "float"))
+    kind = str(getattr(feature, "dtype", ""))
+    return not kind.startswith(("int", "uint", "float", "double", "bool", "date", "time", "duration", "decimal"))
 
 
 def text_problem(text: str | None, column: str) -> str | None:
@@ -126,8 +141,8 @@ def load_rows(
             names = [f"row {i}, column {column}" for i in range(len(rows))]
             problems = (text_problem(text, column) for text in rows[column])
             bad += [(name, why) for name, why in zip(names, problems, strict=True) if why is not None]
-    handle_bad_images(bad, len(rows) * max(1, len(images)), data.on_bad_image)
     skipped = {int(name.split()[1].rstrip(",")) for name, _ in bad}
+    handle_bad_images(bad, len(rows) * max(1, len(images)), data.on_bad_image, len(skipped) == len(rows))
     return (rows.select([i for i in range(len(rows)) if i not in skipped]) if skipped else rows), bad
 
 
@@ -154,10 +169,16 @@ def hold_out(rows: Dataset, count: int, seed: int, groups: list | None = None) -
         held += members[name]
     if len(held) == len(rows):
         raise ValueError(
-            f"--validation_rows {count} leaves no group of rows to train on; all share too few references"
+            f"--validation_rows {count} leaves no group of rows to train on; all share too few pictures or references"
         )
     kept = sorted(set(range(len(rows))) - set(held))
     return rows.select(kept), rows.select(sorted(held))
+
+
+def first_of_each(names: list) -> list[int]:
+    """For each row, the first row of the same name."""
+    first: dict = {}
+    return [first.setdefault(name, row) for row, name in enumerate(names)]
 
 
 class GroupedBatches:

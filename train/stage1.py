@@ -7,7 +7,6 @@ Rows need a picture and a caption. `--num_injection_blocks 0 --soft_alignment_we
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import shared
@@ -18,13 +17,13 @@ from arguments import DataArguments, LoopArguments, parse_arguments, run_as_scri
 from datasets import Dataset
 from gradients import Objective, bf16_where_fast, gather_with_gradient, precision
 from loop import make_accelerator, train
-from rows import RowBatches, hold_out, in_batches, load_rows, text_problem
+from rows import RowBatches, first_of_each, hold_out, in_batches, load_rows, text_problem
 from stream import Examples, StreamBatches, hold_out_shard, load_stream, shard_batches
 from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import TEXTS_A_BATCH, embed_images, embed_images_with_patches, embed_texts
-from modeling_tscir.feature_cache import feature_key, pictures_digest
+from modeling_tscir.feature_cache import feature_key, picture_name, pictures_digest
 from modeling_tscir.images import load_image
 from modeling_tscir.losses import info_nce_loss, soft_alignment_loss
 
@@ -207,7 +206,7 @@ def main() -> None:
     prepare = stream_data if args.streaming else row_data
     with bf16_where_fast(model.device, asked=loop.mixed_precision == "bf16"):
         batches, held_out = prepare(accelerator, model, processor, loop, data, args)
-    validation = Validation(objective, held_out) if held_out and accelerator.is_main_process else None
+    validation = Validation(objective, *held_out) if held_out and accelerator.is_main_process else None
     train(accelerator, objective, model, processor, batches, loop, vars(data) | vars(args), validation)
 
 
@@ -218,17 +217,19 @@ def row_data(
     loop: LoopArguments,
     data: DataArguments,
     args: Stage1Arguments,
-) -> tuple[RowBatches, Iterator[dict] | None]:
-    """Batches of a dataset of known size, and of the rows held out."""
+) -> tuple[RowBatches, tuple | None]:
+    """Batches of a dataset of known size, and what `Validation` takes of the rows held out."""
     columns = {args.image_column: "the picture", args.caption_column: "its caption"}
     rows, skipped = load_rows(data, columns, images=[args.image_column])
-    rows, held_out = hold_out(rows, data.validation_rows, loop.seed)
+    names = [picture_name(picture) for picture in rows[args.image_column]] if data.validation_rows else None
+    rows, held_out = hold_out(rows, data.validation_rows, loop.seed, names)
     dataset = Stage1Data(rows, model, processor, data, args)
     batches = RowBatches(accelerator, dataset, loop, skipped=skipped)
     if held_out is None:
         return batches, None
     watched = Stage1Data(held_out, model, processor, data, args)  # in all processes, which share the work
-    return batches, in_batches(watched, data.feature_batch_size)
+    pictures = first_of_each([picture_name(picture) for picture in held_out[args.image_column]])
+    return batches, (in_batches(watched, data.feature_batch_size), pictures * 2)
 
 
 def stream_data(
@@ -238,8 +239,8 @@ def stream_data(
     loop: LoopArguments,
     data: DataArguments,
     args: Stage1Arguments,
-) -> tuple[StreamBatches, Iterator[dict] | None]:
-    """Batches of a stream, and of the shard held out."""
+) -> tuple[StreamBatches, tuple | None]:
+    """Batches of a stream, and what `Validation` takes of the shard held out."""
     columns = {args.image_column: "the picture", args.caption_column: "its caption"}
     rows, examples = load_stream(data, columns, images=[args.image_column]), CaptionedImages(processor, args)
     shards, held_out = list(range(rows.num_shards)), None
@@ -249,9 +250,8 @@ def stream_data(
     batches = StreamBatches(accelerator, rows, shards, examples, loop, args.shuffle_buffer_size, data.on_bad_image)
     if held_out is None or not accelerator.is_main_process:
         return batches, None
-    return batches, shard_batches(
-        rows, held_out, data.validation_rows, examples, data.feature_batch_size, data.on_bad_image
-    )
+    watched = shard_batches(rows, held_out, data.validation_rows, examples, data.feature_batch_size, data.on_bad_image)
+    return batches, (watched,)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from datasets import Dataset
 from gradients import Objective, bf16_where_fast, gather_with_gradient, precision
 from loop import make_accelerator, steps_of, train
 from mining import Miner
-from rows import RowBatches, hold_out, in_batches, load_rows, load_source
+from rows import RowBatches, first_of_each, hold_out, in_batches, load_rows, load_source
 from transformers.utils import logging
 from validation import Validation
 
@@ -185,16 +185,10 @@ def pictures_of(rows: Dataset, args: Stage2Arguments) -> list[int]:
 def names_of(rows: Dataset, id_column: str, column: str) -> list:
     """Each row's id; where the data has none, what equal pictures, still encoded, or equal texts of `column` share."""
     names = list(rows[id_column]) if id_column in rows.column_names else [None] * len(rows)
-    nameless = [row for row, name in enumerate(names) if name is None]
+    nameless = [row for row, name in enumerate(names) if name is None or not str(name).strip()]
     for row, found in zip(nameless, rows.select(nameless)[column], strict=True):
         names[row] = (column, picture_name(found) if isinstance(found, dict) else found)
     return names
-
-
-def first_of_each(names: list) -> list[int]:
-    """For each row, the first row of the same name."""
-    first: dict = {}
-    return [first.setdefault(name, row) for row, name in enumerate(names)]
 
 
 class Stage2Objective(Objective):

@@ -116,7 +116,7 @@ class ShardReader(torch.utils.data.IterableDataset):
     def in_order(self, shard: int, row: int) -> Iterator[tuple[int, int, dict]]:
         """Rows from a place on: number of the shard in the sequence, row in it, example."""
         empty = 0
-        while empty < len(self.shards):
+        while empty < 2 * len(self.shards):  # in another order each epoch, so that one may come twice in a row
             source = self.rows.shard(self.rows.num_shards, self.shard_at(shard))
             start, url = row, None
             try:
@@ -130,7 +130,7 @@ class ShardReader(torch.utils.data.IterableDataset):
                 yield shard, row, {PROBLEM: f"the shard cannot be read any further: {error}", "__url__": url}
             empty = empty + 1 if row == start == 0 else 0
             shard, row = shard + self.step_of_shards, 0
-        raise ValueError(f"none of {empty} shards holds a row")
+        raise ValueError(f"none of {len(self.shards)} shards holds a row")
 
     def shard_at(self, number: int) -> int:
         epoch, place = divmod(number, len(self.shards))
@@ -148,9 +148,11 @@ def shard_batches(
     """The first `count` rows of a shard, in order; raises as `StreamBatches` does."""
     reader = ShardReader(rows, [shard], examples, batch_size, 1, 0, 1, [(0, 0, 0)])
     good, bad = [], []
+    seen = 0
     for epoch, row, example in islice(reader.in_order(0, 0), count):
         if epoch > 0:
             break
+        seen += 1
         reason = example.get(PROBLEM) or examples.decode(example)
         if reason is None:
             good.append(example)
@@ -161,7 +163,7 @@ def shard_batches(
             good = []
     if good:
         yield examples.make_batch(good)
-    handle_bad_images(bad, count, on_bad_image)
+    handle_bad_images(bad, seen, on_bad_image)
 
 
 class StreamBatches:
