@@ -197,22 +197,23 @@ def moved_from(gallery: Gallery, files: FileList, prefix: str) -> tuple[dict[str
         root = old.path[: -len(end)] if old.path.endswith(end) else b""
         if file[2:] == old[2:]:
             moved[file.id] = file.path
-            left |= {root} - {b""}
+            left.add(root)
         else:
             others.append((file, old, root))
+    left.discard(b"")  # where the id did not end the path
     strange = []
     for file, old, root in others:
         if root in left:
             continue
         if file.size == old.size and holds(gallery, file.id, lambda path=file.path: read_file(path)[0]):
-            left |= {root} - {b""}
+            left |= {root} if root else set()
         else:
             strange.append((old, root))
     for old, root in strange:
         if root not in left:
             raise GalleryError(
                 f"{gallery} holds {old.id!r} already, of {os.fsdecode(old.path)}, which is another picture and not "
-                "there just now; use another prefix, or remove that picture from the gallery"
+                "there just now; use another prefix, or another gallery"
             )
     return moved, left
 
