@@ -170,7 +170,7 @@ def test_a_folder_that_is_away_keeps_its_other_pictures(make_gallery, stage2, pr
     (tmp_path / "other").mkdir()
     noise(77).save(tmp_path / "other/0.png")
     before = gallery.content("0.png")
-    with pytest.raises(GalleryError, match=r"'0.png' already, of .*another picture.*another prefix, or another gallery"):
+    with pytest.raises(GalleryError, match=r"'0.png' already, of .*another picture.*prefix, or another gallery"):
         gallery.add(tmp_path / "other", stage2, processor, progress=False)
     assert gallery.content("0.png") == before and len(gallery) == 6
     assert gallery.add(tmp_path / "other", stage2, processor, prefix="other/", progress=False).added == 1
