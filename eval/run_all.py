@@ -90,7 +90,8 @@ def table(results: dict[str, dict], model: str) -> str:
     known = published()
     lines = ["| method | " + " | ".join(COLUMNS.values()) + " | source |", "|---" * (len(COLUMNS) + 2) + "|"]
     own = [f"{100 * flat[name]:.2f}" if name in flat else "" for name in COLUMNS]
-    lines.append(f"| **{model}** ({method}) | " + " | ".join(own) + " | this run; val splits |")
+    splits = " and ".join(sorted({several["protocol"]["split"] for several in results.values()}))
+    lines.append(f"| **{model}** ({method}) | " + " | ".join(own) + f" | this run; {splits} splits |")
     for row in known["rows"]:
         cells = [f"{row[name]:.2f}" if name in row else "" for name in COLUMNS]
         lines.append(f"| {row['method']} | " + " | ".join(cells) + f" | {row['source']} |")

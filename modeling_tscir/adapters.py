@@ -201,6 +201,11 @@ class AdapterMixin:
             self._merged.clear()
         return super().train(mode)
 
+    def load_state_dict(self, *args, **kwargs):
+        """As every module's; merged copies, which would keep the weights from before, are dropped."""
+        self._merged.clear()
+        return super().load_state_dict(*args, **kwargs)
+
     def _apply(self, fn, recurse: bool = True):
         for tower in self._merged.values():  # they move with the model, but are none of its parameters
             tower._apply(fn, recurse)

@@ -159,12 +159,16 @@ def load_backbone(
     refuse_other_forms(name, hub)
     try:
         with told_of_damage(name):
-            clip = CLIPModel.from_pretrained(name, dtype="auto", use_safetensors=True, **hub, **attn)
+            clip, info = CLIPModel.from_pretrained(
+                name, dtype="auto", use_safetensors=True, output_loading_info=True, **hub, **attn
+            )
     except OSError as error:
         raise ValueError(
             f"{name} has no weights in safetensors, the one form that is read: {error} If you trust its pickle, write "
             f"it again with CLIPModel.from_pretrained({name!r}).save_pretrained(FOLDER), processor beside it."
         ) from error
+    if lacking := sorted(info["missing_keys"]):
+        raise ValueError(f"{name} lacks tensors of a CLIPModel: {lacking[:5]} (of {len(lacking)}); fetch it again")
     fingerprint = backbone_fingerprint(clip)
     clip = clip.to(dtype).requires_grad_(False)
     return clip, fingerprint, None if os.path.isdir(name) else commit_of(cached_file(name, "config.json", **hub))

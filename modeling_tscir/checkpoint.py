@@ -76,6 +76,9 @@ class CheckpointMixin:
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
         **choices,
     ) -> "CheckpointMixin":
         """A stage 0 model around any CLIPModel checkpoint: ready to answer training-free, or to be trained.
@@ -85,13 +88,18 @@ class CheckpointMixin:
             revision (`str`, *optional*): branch, tag or commit on the Hub.
             dtype (`torch.dtype`): of the loaded weights.
             attn_implementation (`str`, *optional*): "sdpa", "eager", ...
+            token, cache_dir, local_files_only: as `PreTrainedModel.from_pretrained` has them.
             choices: fields of [`TSCIRConfig`].
 
         Raises:
-            ValueError: if the checkpoint is no CLIPModel.
+            ValueError: if the checkpoint is no CLIPModel, or lacks tensors. TypeError: for unknown choices.
         """
+        if unknown := sorted(set(choices) - set(cls.config_class.__annotations__)):
+            raise TypeError(f"unknown arguments {unknown}; choices are fields of TSCIRConfig")
         name = os.fspath(model_name_or_path)
-        clip, fingerprint, commit = load_backbone(name, revision, dtype, attn_implementation)
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only or None}
+        hub = {k: v for k, v in hub.items() if v is not None}
+        clip, fingerprint, commit = load_backbone(name, revision, dtype, attn_implementation, **hub)
         config = TSCIRConfig(
             clip_config=clip.config.to_dict(),
             backbone_name_or_path=os.path.abspath(name) if os.path.isdir(name) else name,
@@ -236,25 +244,28 @@ class CheckpointMixin:
         model.load_state_dict(tensors, strict=False)
         return model
 
-    def delta_state_dict(self) -> dict[str, torch.Tensor]:
-        """What was trained: the mapper's tensors and the composing adapters'."""
-        tensors = self.own_state_dict().items()
+    def delta_state_dict(self, given: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """What was trained: the mapper's tensors and the composing adapters', as they are or as `given`."""
+        tensors = self.own_state_dict(given).items()
         return {k: v for k, v in tensors if k.startswith("mapper.") or ".lora_" in k}
 
-    def trained_fingerprint(self) -> str | None:
-        """Digest of what was trained, which tells this model from any other; None for a plain CLIP."""
+    def trained_fingerprint(self, dtype: torch.dtype | None = None) -> str | None:
+        """Digest of what was trained, which tells this model from any other; None for a plain CLIP. With `dtype` that
+        of the model loaded in it."""
         digest = hashlib.sha256()
         for key, tensor in sorted(self.delta_state_dict().items()):
-            digest.update(key.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            values = tensor.detach().to(dtype or tensor.dtype).float().cpu().contiguous()
+            digest.update(key.encode() + values.numpy().tobytes())
         return digest.hexdigest()[:32] if self.config.stage else None
 
-    def own_state_dict(self) -> dict[str, torch.Tensor]:
-        """Every tensor but those of further composing adapters, which have folders of their own."""
+    def own_state_dict(self, given: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Every tensor, or every one of those `given`, but those of further composing adapters, which have folders of
+        their own."""
         layers = self.clip.text_model.named_modules(prefix="clip.text_model")
         wrapped = [path for path, m in layers if isinstance(m, LoraLayer) and ADAPTER_NAME not in m.lora_A]
         bare = {f"{path}.base_layer.": f"{path}." for path in wrapped}  # by further adapters alone
         tensors = {}
-        for name, tensor in self.state_dict().items():
+        for name, tensor in (self.state_dict() if given is None else given).items():
             if ".lora_" in name and not of_adapter(name, ADAPTER_NAME):
                 continue
             layer = f"{name.rpartition('.')[0]}."
@@ -268,32 +279,44 @@ class CheckpointMixin:
             save_directory (`str`): the folder.
             backbone (`str`): "full" writes every tensor; "reference" writes mapper and adapters, and the backbone by
                 name, commit and fingerprint.
-            kwargs: those of `PreTrainedModel.save_pretrained`.
+            kwargs: those of `PreTrainedModel.save_pretrained`; of a `state_dict` what belongs to the chosen form.
+
+        Raises:
+            ValueError: for what cannot be written: a reference to a backbone without a name, a `state_dict` that lacks
+                tensors, or a reference form that is to be uploaded at once, which `push_to_hub` does.
         """
         if backbone not in ("full", "reference"):
             raise ValueError(f'backbone must be "full" or "reference", not {backbone!r}')
-        folder = Path(save_directory)
+        folder, given = Path(save_directory), kwargs.pop("state_dict", None)
+        if given is not None and (lacking := sorted(self.state_dict().keys() - given.keys())):
+            raise ValueError(f"state_dict lacks {lacking[:3]} (of {len(lacking)})")
         if backbone == "reference":
             if not self.config.backbone_name_or_path:
                 raise ValueError('this model does not know its backbone\'s name; save it with backbone="full"')
-            delta = {k: v.contiguous() for k, v in self.delta_state_dict().items()}
+            if kwargs.pop("push_to_hub", False):
+                raise ValueError('with backbone="reference" upload by model.push_to_hub(REPOSITORY, ...)')
+            kwargs.pop("max_shard_size", None)  # which is one small file
+            delta = {k: v.contiguous() for k, v in self.delta_state_dict(given).items()}
             kwargs["state_dict"] = dict(delta)  # saving empties what it is given
         further = [name for name in self.adapter_names if name != ADAPTER_NAME]
-        if self.adapter_names and backbone == "full":
-            kwargs["state_dict"] = dict(self.own_state_dict())
+        if backbone == "full" and (self.adapter_names or given is not None):
+            kwargs["state_dict"] = dict(self.own_state_dict(given))
         self.config.adapters = further
-        if kwargs.get("is_main_process", True):
+        main = kwargs.get("is_main_process", True)
+        if main:
             for name in adapters_in(folder):
                 shutil.rmtree(folder / ADAPTERS / check_name(name), ignore_errors=True)
             with contextlib.suppress(OSError):  # unless others lie there
                 (folder / ADAPTERS).rmdir()
             for name in further:
                 self.save_adapter(folder / ADAPTERS / name, name)
-        # Both forms in one folder would contradict each other.
-        for name in (DELTA_NAME, *FULL_NAMES):
-            (folder / name).unlink(missing_ok=True)
+            # Both forms in one folder would contradict each other.
+            for name in (DELTA_NAME, *FULL_NAMES):
+                (folder / name).unlink(missing_ok=True)
         super().save_pretrained(folder, **kwargs)
-        if backbone == "reference" and kwargs.get("is_main_process", True):
+        if not main:
+            return
+        if backbone == "reference":
             (folder / FULL_NAMES[0]).unlink(missing_ok=True)
             save_file(delta, folder / DELTA_NAME, metadata={"format": "pt"})
         for path in folder.glob("*.safetensors"):  # which safetensors lets its owner alone read

@@ -14,6 +14,7 @@ from .adapters import (
     AdapterMixin,
     add_composing_adapters,
     composing,
+    lora_layers,
     of_adapter,
     reset_to_identity,
     uninitialised_lora_layers,
@@ -58,7 +59,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
+    supports_gradient_checkpointing = False  # layers computed anew, outside `composing`, would lack their adapters
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -95,7 +96,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         if self.mapper is not None:
             raise ValueError("this model already has a mapper; stage I starts from a plain CLIP")
         self.config.stage = 1
-        self.mapper = new_mapper(self.config).to(self.device, self.dtype)
+        self.mapper = new_mapper(self.config).to(self.device, self.dtype).train(self.training)
         initialise_mapper_weights(self.mapper, init)
 
     def add_adapters(self) -> None:
@@ -109,6 +110,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
             raise ValueError("this model already has composing adapters; stage II starts from a stage I folder")
         self.config.stage = 2
         self._inject_adapters()
+        for layer in lora_layers(self.clip.text_model):
+            layer.train(self.training)
         self.to(self.device, self.dtype)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:

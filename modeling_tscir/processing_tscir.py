@@ -46,6 +46,8 @@ class TSCIRProcessor(ProcessorMixin):
         self.checked_template(prompt_template)
         if image_template.count("{image}") != 1:
             raise ValueError(f"image_template needs one {{image}}: {image_template!r}")
+        if num_pseudo_words < 1:
+            raise ValueError(f"num_pseudo_words must be at least 1, not {num_pseudo_words}")
         if padded_aspect_ratio is not None and padded_aspect_ratio < 1:
             raise ValueError(f"padded_aspect_ratio is the longer side over the shorter, not {padded_aspect_ratio}")
 
@@ -111,8 +113,13 @@ class TSCIRProcessor(ProcessorMixin):
         Raises:
             ValueError: for numbers of images and texts that differ, or a picture that cannot be read.
         """
+        if unknown := sorted(set(kwargs) - {"padding", "truncation"}):  # both of which are always as they should be
+            raise TypeError(f"unknown arguments {unknown}; known are images, text and return_tensors")
         if images is None and text is None:
             raise ValueError("give images, text, or both")
+        for name, given in (("images", images), ("text", text)):
+            if isinstance(given, (list, tuple)) and not given:
+                raise ValueError(f"{name} is an empty list")
         data: dict[str, torch.Tensor] = {}
         texts = [text] if isinstance(text, str) else text
         if images is not None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from huggingface_hub import EvalResultEntry, HfApi, eval_result_entries_to_yaml
 
 from .images import load_image
@@ -205,7 +206,8 @@ def read_results(path: str | os.PathLike, model) -> dict:
         raise ValueError(f"{path} is no results.json of an evaluation script: {error!r}") from error
     if method != "tscir" and model.config.stage > 0:
         raise ValueError(f"{path} has figures of method {method!r}, not of the trained model")
-    if fingerprint != model.trained_fingerprint() or found["model"]["backbone_fingerprint"] not in (
+    loaded_in = (None, torch.bfloat16, torch.float16)  # whichever it was evaluated in
+    if fingerprint not in map(model.trained_fingerprint, loaded_in) or found["model"]["backbone_fingerprint"] not in (
         None,
         model.config.backbone_fingerprint,
     ):

@@ -140,7 +140,14 @@ class QueryMixin:
         return F.normalize(self.clip.text_projection(pooled), dim=-1)
 
     def _first_eos(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return (input_ids == self.config.text_eos_token_id).int().argmax(-1)  # [B]
+        """Places [B] where texts end. Raises `ValueError` for a text without an end, as of another tokenizer."""
+        ends = input_ids == self.config.text_eos_token_id
+        if not (torch.compiler.is_compiling() or ends.is_meta) and not bool(ends.any(-1).all()):
+            raise ValueError(
+                f"input_ids have no end of text, {self.config.text_eos_token_id} by the CLIP's configuration; if its "
+                "vocabulary grew, write the tokenizer's own eos_token_id into its text_config"
+            )
+        return ends.int().argmax(-1)
 
     def get_composed_features(
         self,

@@ -17,6 +17,12 @@ from modeling_tscir.feature_cache import cached
 from modeling_tscir.images import pad_to_aspect_ratio
 
 
+@pytest.mark.parametrize(("name", "ratio"), [("squarepad", 1.0), ("targetpad", 1.25), ("clip", None)])
+def test_pictures_are_padded_as_told(model_dir, name, ratio):
+    flags = ["--model_name_or_path", str(model_dir), "--data_dir", "x", "--output_dir", "y", "--preprocessing", name]
+    assert load_model(parse_arguments(circo.CIRCO, flags))[1].padded_aspect_ratio == ratio
+
+
 @pytest.fixture
 def embedded(monkeypatch):
     """How many pictures were embedded, run by run."""
@@ -164,6 +170,56 @@ def test_composed_queries_equal_the_models_own(folder, stage2, processor, pictur
         compose("product", stage2, processor, split, queries[:1].repeat(6, 1))
     with pytest.raises(ValueError, match="between 0 and 1, not 2"):
         compose("sum", stage2, processor, split, queries[:1].repeat(6, 1), weight=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("tscir", {}),
+        ("tscir", {"weight": 0.6}),
+        ("tscir", {"residual": 0.1}),
+        ("image", {}),
+        ("text", {}),
+        ("sum", {"weight": 0.2}),
+        ("slerp", {"weight": 0.2}),
+        ("slerp", {}),
+    ],
+)
+def test_scores_are_those_of_queries_made_one_by_one(folder, run_script, model_dir, stage2, processor, method, told):
+    """Whatever order texts and references are in, and whatever was told."""
+    path = folder / "annotations/val.json"
+    records = json.loads(path.read_text("utf-8"))
+    asked = [(23, "has a text that is a good deal longer than the others"), (7, "is red"), (23, "red and blue")]
+    records = [records[0] | {"id": n, "reference_img_id": r, "relative_caption": t} for n, (r, t) in enumerate(asked)]
+    path.write_text(json.dumps(records), "utf-8")
+    flags = [flag for name, value in told.items() for flag in (f"--{name}", value)]
+    flags += ["--data_dir", folder, "--model_name_or_path", model_dir]
+    _, rankings = run_script(circo.CIRCO, *flags, "--method", method)
+    split = circo.load(parse_arguments(circo.CIRCO, ["--data_dir", str(folder), "--check_data"]))[""]
+
+    @torch.no_grad()
+    def unit(features):
+        return torch.nn.functional.normalize(features, dim=-1)
+
+    gallery = {
+        name: unit(stage2.get_image_features(**processor(images=source)))
+        for name, source in zip(split.image_ids, split.sources, strict=True)
+    }
+    assert rankings["query_id"].astype(str).tolist() == ["0", "1", "2"]
+    for (reference, text), ranking, scores in zip(asked, rankings["ranking"], rankings["scores"], strict=True):
+        picture, words = gallery[str(reference)], unit(stage2.get_text_features(**processor(text=text)))
+        if method == "tscir":
+            source = split.sources[split.image_ids.index(str(reference))]
+            with torch.no_grad():
+                query = stage2.get_composed_features(**processor(images=source, text=text), **told)
+        elif method == "slerp":
+            share, angle = told.get("weight", 0.5), torch.arccos((picture * words).sum())
+            parts = torch.sin((1 - share) * angle) * picture + torch.sin(share * angle) * words
+            query = parts / torch.sin(angle)
+        else:
+            query = {"image": picture, "text": words, "sum": unit(0.8 * picture + 0.2 * words)}[method]
+        expected = {name: (query @ one.T).item() for name, one in gallery.items()}
+        assert dict(zip(map(str, ranking), scores, strict=True)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_skipped_pictures_leave_queries_that_do_not_need_them(folder, run_script, model_dir):

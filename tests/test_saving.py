@@ -1,0 +1,121 @@
+"""What other processes, tools and users hand to saving and loading."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRModel, TSCIRProcessor
+from modeling_tscir.adapters import lora_layers
+
+
+def test_a_token_is_used_and_not_kept(clip_dir, monkeypatch):
+    """Publishing would upload a configuration that held it."""
+    told, real = {}, TSCIRModel.from_clip_pretrained.__globals__["load_backbone"]
+    monkeypatch.setitem(
+        TSCIRModel.from_clip_pretrained.__globals__, "load_backbone", lambda *a, **hub: told.update(hub) or real(*a)
+    )
+    model = TSCIRModel.from_clip_pretrained(clip_dir, token="hf_SECRET", cache_dir="c", local_files_only=True)
+    assert told == {"token": "hf_SECRET", "cache_dir": "c", "local_files_only": True}
+    assert "SECRET" not in json.dumps(model.config.to_dict())
+    with pytest.raises(TypeError, match=r"unknown arguments \['lora_rnk'\]"):
+        TSCIRModel.from_clip_pretrained(clip_dir, lora_rnk=8)
+
+
+@pytest.mark.parametrize("form", ["full", "reference"])
+def test_other_processes_leave_what_the_first_wrote(stage2, tmp_path, form):
+    stage2.save_pretrained(tmp_path / "m", backbone=form)
+    before = sorted(path.name for path in (tmp_path / "m").iterdir())
+    stage2.save_pretrained(tmp_path / "m", backbone=form, is_main_process=False)
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == before
+    TSCIRModel.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("form", ["full", "reference"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_given_weights_are_what_is_saved(stage, form, request, tmp_path):
+    """As averages over steps are."""
+    model = request.getfixturevalue(stage)
+    given = {k: v + 1 if k.startswith("mapper.") or ".lora_" in k else v for k, v in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "m", backbone=form, state_dict=dict(given))
+    again = TSCIRModel.from_pretrained(tmp_path / "m").state_dict()
+    assert all(torch.equal(again[k], v) for k, v in given.items())
+    with pytest.raises(ValueError, match=r"state_dict lacks \['mapper"):
+        model.save_pretrained(
+            tmp_path / "m", backbone=form, state_dict={k: v for k, v in given.items() if "mapper" not in k}
+        )
+
+
+def test_a_reference_is_one_file_and_is_uploaded_whole_or_not_at_all(stage2, tmp_path):
+    stage2.save_pretrained(tmp_path / "m", backbone="reference", max_shard_size="10KB")
+    assert [path.name for path in (tmp_path / "m").glob("*.safetensors*")] == ["tscir_delta.safetensors"]
+    with pytest.raises(ValueError, match=r"upload by model.push_to_hub"):
+        stage2.save_pretrained(tmp_path / "n", backbone="reference", push_to_hub=True)
+
+
+def test_a_clip_that_lacks_tensors_is_refused(clip, clip_dir, tmp_path):
+    clip.save_pretrained(tmp_path / "clip")
+    tensors = load_file(tmp_path / "clip/model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "_projection" not in k}, tmp_path / "clip/model.safetensors")
+    with pytest.raises(ValueError, match=r"lacks tensors of a CLIPModel: \['text_projection.weight', 'visual_proj"):
+        TSCIRModel.from_clip_pretrained(tmp_path / "clip")
+
+
+def test_a_text_without_an_end_is_refused(clip, clip_dir, pictures, tmp_path):
+    """A CLIP whose vocabulary grew and whose configuration says 2, as OpenAI's does: every text would be the same."""
+    table = clip.text_model.embeddings.token_embedding
+    table.weight = torch.nn.Parameter(torch.cat([table.weight, table.weight[:1]]))
+    clip.config.text_config.vocab_size += 1
+    clip.config.text_config.eos_token_id = 2
+    clip.save_pretrained(tmp_path / "clip")
+    model = TSCIRModel.from_clip_pretrained(tmp_path / "clip")
+    model.add_mapper()
+    processor = TSCIRProcessor.from_clip_pretrained(clip_dir)
+    with pytest.raises(ValueError, match="no end of text, .* write the tokenizer's own eos_token_id"):
+        model.get_composed_features(**processor(images=pictures[0], text="red"))
+
+
+def test_merged_adapters_follow_weights_that_are_loaded(stage2, composed):
+    stage2.merge_adapter()
+    other = {k: torch.zeros_like(v) if "lora_B" in k else v for k, v in stage2.state_dict().items()}
+    with torch.no_grad():
+        before = stage2.get_composed_features(**composed)
+        stage2.load_state_dict(other)
+        after = stage2.get_composed_features(**composed)
+        stage2.disable_adapters()
+        assert not torch.allclose(before, after) and torch.allclose(after, stage2.get_composed_features(**composed))
+
+
+def test_what_is_added_to_a_model_is_in_its_mode(clip_dir):
+    model = TSCIRModel.from_clip_pretrained(clip_dir, mapper_dropout=0.5, lora_dropout=0.5)
+    model.add_mapper()
+    model.add_adapters()
+    assert not any(module.training for module in model.modules())
+    assert list(lora_layers(model.clip.text_model))
+    assert not model.supports_gradient_checkpointing
+
+
+def test_a_processors_mistakes_are_named(processor, pictures):
+    with pytest.raises(ValueError, match="images is an empty list"):
+        processor(images=[], text=[])
+    with pytest.raises(ValueError, match="text is an empty list"):
+        processor(text=[])
+    with pytest.raises(TypeError, match=r"unknown arguments \['texts'\]"):
+        processor(images=pictures[0], texts="red")
+    assert processor(images=pictures[0], text="red", padding=True, truncation=True)["input_ids"].shape[0] == 1
+    with pytest.raises(ValueError, match="num_pseudo_words must be at least 1"):
+        TSCIRProcessor(processor.image_processor, processor.tokenizer, num_pseudo_words=0)
+
+
+def test_a_relative_backbone_is_found_from_elsewhere(tmp_path, monkeypatch):
+    """The packaged miniature names ../miniature_clip."""
+    model = TSCIRModel.from_pretrained(MINIATURE_CHECKPOINT)
+    model.save_pretrained(tmp_path / "one", backbone="reference")
+    TSCIRModel.from_pretrained(tmp_path / "one")
+    monkeypatch.chdir(MINIATURE_CHECKPOINT.parent)
+    TSCIRModel.from_pretrained(MINIATURE_CHECKPOINT, backbone="miniature_clip").save_pretrained(
+        tmp_path / "two", backbone="reference"
+    )
+    monkeypatch.chdir(tmp_path)
+    TSCIRModel.from_pretrained("two")
