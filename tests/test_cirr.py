@@ -56,6 +56,19 @@ def test_layouts_are_found(folder):
     assert load(folder).sources[0] == str(folder / "img_raw/dev/val-0.png")
 
 
+def test_files_need_not_be_in_the_order_of_their_names(folder):
+    path = folder / "cirr/image_splits/split.rc2.val.json"
+    files = json.loads(path.read_text("utf-8"))
+    write_json(path, {name: files[name] for name in sorted(files, reverse=True)})
+    (folder / "dev/val-0.png").rename(folder / "dev/z.png")
+    write_json(path, {**json.loads(path.read_text("utf-8")), "val-0": "./dev/z.png"})
+    split = load(folder)
+    assert split.image_ids == [f"val-{i}" for i in (5, 4, 3, 2, 1, 0)]
+    names = [source.rsplit("/", 1)[1] for source in split.sources]
+    assert names == [*(f"val-{i}.png" for i in (5, 4, 3, 2, 1)), "z.png"]
+    assert split.references == [5, 4, 3] and split.truths == [[4], [3], [2]]
+
+
 def test_what_is_missing_is_named(folder):
     (folder / "dev/val-3.png").unlink()
     with pytest.raises(ValueError, match=r"1 of 6 pictures are missing.*val-3\.png"):

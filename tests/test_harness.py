@@ -1,6 +1,7 @@
 """What every benchmark script shares, on CIRCO's layout and the small CLIP."""
 
 import json
+import os
 
 import circo
 import harness
@@ -53,10 +54,14 @@ def test_a_gallery_is_embedded_once(folder, run_script, model_dir, stage2, proce
     run_script(circo.CIRCO, *flags, model_dir, "--preprocessing", "squarepad")
     run_script(circo.CIRCO, *flags, model_dir, "--dtype", "bfloat16")
     assert embedded == [6] * 3
-    # A picture that changed makes the gallery another.
-    Image.new("RGB", (40, 40), "red").save(folder / "COCO2017_unlabeled/unlabeled2017/000000000007.jpg")
+    # A picture that changed makes the gallery another, also where it is as long as before.
+    picture = folder / "COCO2017_unlabeled/unlabeled2017/000000000007.jpg"
+    Image.new("RGB", (40, 40), "red").save(picture)
     run_script(circo.CIRCO, *flags, model_dir)
     assert embedded == [6] * 4
+    os.utime(picture, ns=(0, 10**18))
+    run_script(circo.CIRCO, *flags, model_dir)
+    assert embedded == [6] * 5
 
 
 def test_a_cache_that_cannot_be_read_is_made_again(tmp_path):

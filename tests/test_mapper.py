@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import initialization as init
 
+from modeling_tscir import TSCIRModel
 from modeling_tscir.mapper import InjectionBlock, PseudoWordMapper, initialise_mapper_weights
 
 
@@ -21,6 +22,15 @@ def test_with_injection_it_starts_as_its_plain_mlp():
     mapper, images = new(2), torch.randn(5, 24)
     plain = mapper.mlp(images * 24**0.5).unflatten(-1, (2, -1))
     assert torch.equal(mapper(images, torch.randn(5, 16, 40)), plain)
+
+
+@pytest.mark.parametrize(("named", "scale"), [("scaled", 24**0.5), ("normalized", 1.0)])
+def test_a_model_scales_what_its_mapper_reads_as_its_configuration_says(clip_dir, named, scale):
+    model = TSCIRModel.from_clip_pretrained(clip_dir, mapper_input=named, num_injection_blocks=0)
+    model.add_mapper()
+    images = torch.nn.functional.normalize(torch.randn(3, 24), dim=-1)
+    expected = model.mapper.mlp(images * scale).unflatten(-1, (model.config.num_pseudo_words, -1))
+    assert torch.equal(model.get_pseudo_words(images), expected)
 
 
 def test_injection_reads_the_patches_once_it_has_learned():

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPModel
 
 from modeling_tscir import TSCIRConfig, TSCIRModel, TSCIROutput, TSCIRProcessor
+from modeling_tscir.losses import composing_loss
 
 
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
@@ -105,7 +106,14 @@ def test_forward_returns_named_outputs(stage2, composed, processor, pictures):
     assert output.query_embeds.shape == output.target_embeds.shape == output.image_embeds.shape == (2, 24)
     assert output.pseudo_words.shape == (2, 2, 32)
     assert output.logits_per_query.shape == (2, 2)
-    assert output.loss.ndim == 0
+    settings = stage2.config
+    told = {"reference_weight": settings.reference_negative_weight, "gce_q": settings.gce_q}
+    assert all(told.values())  # each of which counts
+    parts = output.query_embeds, output.target_embeds, stage2.logit_scale
+    for left_out in (None, *told):
+        given = {name: value for name, value in told.items() if name != left_out}
+        loss = composing_loss(*parts, reference_embeds=output.image_embeds, **given)
+        assert torch.allclose(loss, output.loss) == (left_out is None), left_out
     assert torch.equal(output.query_embeds, stage2.get_composed_features(**composed))
     assert stage2(**composed).loss is None
 

@@ -12,6 +12,11 @@ def test_plain_clip_answers_training_free_by_slerp(stage0, composed, clip, proce
     image, text = (torch.nn.functional.normalize(x, dim=-1) for x in (image, text))
     features = stage0.get_composed_features(**composed)
     torch.testing.assert_close(features, slerp(image, text, 0.5))
+    stage0.config.training_free_weight = 0.3
+    torch.testing.assert_close(stage0.get_composed_features(**composed), slerp(image, text, 0.3))
+    torch.testing.assert_close(stage0.get_composed_features(**composed, weight=0.5), slerp(image, text, 0.65))
+    torch.testing.assert_close(stage0.get_composed_features(**composed, weight=-0.5), slerp(image, text, 0.15))
+    stage0.config.training_free_weight = 0.5
     torch.testing.assert_close(stage0.get_composed_features(**composed, weight=1.0), text)
     torch.testing.assert_close(stage0.get_composed_features(**composed, weight=-1.0), image)
     rows = stage0.get_composed_features(**composed, weight=torch.tensor([1.0, -1.0]))
