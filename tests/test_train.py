@@ -115,6 +115,14 @@ def test_a_resumed_stage_two_ends_with_the_same_tensors_mined_negatives_included
         assert same(whole, resumed)
 
 
+def test_where_all_rows_have_one_target_nothing_is_mined(stage2):
+    class Same(torch.utils.data.Dataset):
+        target_ids, target_embeds = torch.zeros(4, dtype=torch.long), torch.randn(4, 24)
+
+    miner = Miner(Same(), stage2, refresh=1)
+    assert miner.mine([0, 1], 2, 0.9) == {} and miner.negatives(torch.tensor([0])) == {}
+
+
 def test_every_step_is_of_as_many_batches(launch, stage1_folder, tmp_path, monkeypatch):
     """Also in the first step behind an epoch whose last batch ended one."""
     taken, real = [], stage2_script.Miner.negatives

@@ -29,7 +29,6 @@ class Miner:
         if refresh < 1:
             raise ValueError(f"--hard_negative_refresh {refresh}: steps between two minings, at least 1")
         self.dataset, self.model, self.refresh, self.batch_size = dataset, model, refresh, batch_size
-        self.several_targets = len(torch.unique(dataset.target_ids)) > 1
         self.rows_ahead = rows_ahead or (lambda step, steps: list(range(len(dataset))))
         self.rows: torch.Tensor | None = None  # [R], sorted
         self.mined: torch.Tensor | None = None  # [R, H], rows of the dataset
@@ -37,9 +36,9 @@ class Miner:
 
     @property
     def wanted(self) -> bool:
-        """Whether the loss has mined negatives, for which it takes two targets."""
+        """Whether the loss has mined negatives."""
         config = self.model.config
-        return config.mined_negative_weight > 0 and config.num_mined_negatives > 0 and self.several_targets
+        return config.mined_negative_weight > 0 and config.num_mined_negatives > 0
 
     def __call__(self, step: int) -> dict[str, float]:
         """Mine if it is time to; how many of the nearest targets the ceiling dropped, and their share."""
@@ -52,10 +51,12 @@ class Miner:
     @torch.no_grad()
     def mine(self, rows: list[int], count: int, ceiling: float) -> dict[str, float]:
         data, model = self.dataset, self.model
-        was_training = model.training
-        model.eval()
         # A query's own target is excluded, however many rows hold it.
         bank_rows = torch.unique(data.target_ids)
+        if len(bank_rows) == 1:  # of every query, which leaves no negative
+            return {}
+        was_training = model.training
+        model.eval()
         bank = data.target_embeds[bank_rows].to(model.device)
         place = {row: i for i, row in enumerate(bank_rows.tolist())}
         mined, mask = [], []
