@@ -17,7 +17,6 @@ from conftest import ROOT, WORDS, same
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from loop import Progress
-from mining import Miner
 from safetensors.torch import load_file
 
 from modeling_tscir import BadImagesError, TSCIRConfig, TSCIRModel, TSCIRProcessor
@@ -115,26 +114,6 @@ def test_a_resumed_stage_two_ends_with_the_same_tensors_mined_negatives_included
         assert same(whole, resumed)
 
 
-def test_where_all_rows_have_one_target_nothing_is_mined(stage2):
-    class Same(torch.utils.data.Dataset):
-        target_ids, target_embeds = torch.zeros(4, dtype=torch.long), torch.randn(4, 24)
-
-    miner = Miner(Same(), stage2, refresh=1)
-    assert miner.mine([0, 1], 2, 0.9) == {} and miner.negatives(torch.tensor([0])) == {}
-
-
-def test_every_step_is_of_as_many_batches(launch, stage1_folder, tmp_path, monkeypatch):
-    """Also in the first step behind an epoch whose last batch ended one."""
-    taken, real = [], stage2_script.Miner.negatives
-    monkeypatch.setattr(Miner, "__call__", lambda self, step: taken.append(0) or {})
-    monkeypatch.setattr(
-        Miner, "negatives", lambda self, rows: taken.__setitem__(-1, taken[-1] + 1) or real(self, rows)
-    )
-    flags = ["--gradient_accumulation_steps", 2, "--per_device_train_batch_size", 6, "--max_steps", 7]
-    launch(stage2_script, stage1_folder, tmp_path / "a", *flags)
-    assert taken == [2] * 7
-
-
 def test_a_run_does_not_go_on_from_another_model(launch, clip_dir, stage1, processor, clip, tmp_path):
     flags = ["--max_steps", 3, "--save_steps", 2]
     launch(stage1_script, clip_dir, tmp_path / "one", *flags)
@@ -218,16 +197,6 @@ def test_a_column_that_was_named_and_is_not_there_is_an_error(launch, stage1_fol
     for flag in ("--reference_id_column", "--target_id_column"):
         with pytest.raises(ValueError, match=rf"{flag} picture: .* has no such column; it has \['modification'"):
             launch(stage2_script, stage1_folder, tmp_path, flag, "picture")
-
-
-def test_that_nothing_will_be_mined_is_said(launch, stage1_folder, tmp_path, caplog):
-    flags = ["--max_steps", 3, "--hard_negative_refresh"]
-    launch(stage2_script, stage1_folder, tmp_path / "a", *flags, 3)
-    assert "mines nothing: the first mining comes after 3 steps, and the run has 3" in caplog.text
-    caplog.clear()
-    launch(stage2_script, stage1_folder, tmp_path / "b", *flags, 2)
-    launch(stage2_script, stage1_folder, tmp_path / "c", *flags, 3, "--mined_negative_weight", 0)
-    assert "mines nothing" not in caplog.text
 
 
 @pytest.mark.parametrize(("flag", "expected"), [([], "bf16"), (["--mixed_precision", "no"], "no")])
@@ -321,35 +290,6 @@ def test_a_stage_two_batch_is_literally_this(data, stage1, processor):
     assert torch.equal(batch["input_ids"], prompt["input_ids"])
     assert torch.equal(batch["pseudo_mask"], prompt["pseudo_mask"])
     assert batch["rows"].tolist() == [0, 3, 4] and len(set(batch["target_ids"].tolist())) == 3
-
-
-def test_mined_negatives_are_the_nearest_wrong_targets(data, stage2, processor):
-    from datasets import load_dataset
-
-    rows = load_dataset(str(data / "triplets"), split="train")
-    for column in ("reference", "target"):
-        rows = rows.cast_column(column, ImageFeature(decode=False))
-    dataset = stage2_script.Stage2Data(rows, stage2, processor, DataArguments(), stage2_script.Stage2Arguments())
-    with pytest.raises(ValueError, match="--hard_negative_refresh 0"):
-        Miner(dataset, stage2, refresh=0)
-    miner = Miner(dataset, stage2, refresh=1, batch_size=5)
-    assert miner.negatives(torch.tensor([0])) == {}
-    targets = dataset.target_embeds
-    ceiling = float((targets @ targets.T).fill_diagonal_(-1).median()) + 1e-5
-    counted = miner.mine(list(range(24)), count=3, ceiling=ceiling)
-    batch = dataset.__getitems__(list(range(24)))
-    with torch.no_grad():
-        queries = stage2.encode_with_pseudo_words(batch["input_ids"], batch["pseudo_mask"], batch["pseudo_words"])
-    dropped = 0
-    for row in range(24):
-        nearest = [j for j in (queries[row] @ targets.T).argsort(descending=True).tolist() if j != row][:6]
-        dropped += sum(bool(targets[j] @ targets[row] > ceiling) for j in nearest)
-        allowed = [j for j in nearest if targets[j] @ targets[row] <= ceiling][:3]
-        assert [
-            j for j, used in zip(miner.mined[row].tolist(), miner.mask[row].tolist(), strict=True) if used
-        ] == allowed
-    assert not miner.mask.all()
-    assert counted == {"mined_dropped": dropped, "mined_dropped_share": pytest.approx(dropped / (24 * 6))}
 
 
 def test_bad_pictures_stop_a_run_before_it_starts_or_are_skipped(launch, clip_dir, data, tmp_path, monkeypatch):
