@@ -4,10 +4,10 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from .adapters import composing
+from .sentences import embed_words, places_of, run_layers
 
 
 logger = logging.get_logger(__name__)
@@ -41,6 +41,8 @@ def per_query(
 class QueryMixin:
     """How [`TSCIRModel`] makes queries."""
 
+    run_layers = staticmethod(run_layers)  # which training may compile
+
     def encode_with_pseudo_words(
         self,
         input_ids: torch.Tensor,
@@ -62,8 +64,8 @@ class QueryMixin:
             ValueError: if places and pseudo-words differ in number, and for an unknown adapter.
         """
         name = (self.active_adapter if adapter is None else self.known_adapter(adapter)) if adapters else None
-        hidden = self._text_states(input_ids, pseudo_mask, pseudo_words, name)
-        return self._sentence(hidden, self._first_eos(input_ids))
+        places, ends = places_of(input_ids, pseudo_mask), self._first_eos(input_ids)
+        return self._sentences(input_ids, pseudo_mask, pseudo_words, places, ends, name)
 
     def encode_query_parts(
         self,
@@ -76,67 +78,49 @@ class QueryMixin:
         """The prompt, as `encode_with_pseudo_words` gives it, q(x) and the modification's embedding, [B, D] each.
 
         q(x) is the prompt ended behind its pseudo-words. All of them are read through the composing adapters, in one
-        pass that reads the tower's weights once: a row has a second EOS behind its pseudo-words, and the modification
-        (where `modification_ids` [B, L'] are given) behind its prompt, and no sentence sees or is moved by another.
+        pass that reads the tower's weights once.
         """
         name = self.active_adapter if adapter is None else self.known_adapter(adapter)
-        end_id, places = self.config.text_eos_token_id, torch.arange(input_ids.shape[1] + 1, device=input_ids.device)
-        ends = 1 + (pseudo_mask * places[:-1]).amax(-1, keepdim=True)  # [B, 1]: where the second EOS goes
-        if self.clip.text_model.config._attn_implementation not in ("eager", "sdpa"):  # others take no mask of ours
-            longest = int(ends.max()) + 1
-            alone_ids = input_ids.where(places[:-1] < ends, end_id)[:, :longest]
-            sentences = [(input_ids, pseudo_mask, pseudo_words), (alone_ids, pseudo_mask[:, :longest], pseudo_words)]
-            if modification_ids is not None:
-                sentences.append((modification_ids, torch.zeros_like(modification_ids).bool(), pseudo_words[:0]))
-            return tuple(self._sentence(self._text_states(*x, name), self._first_eos(x[0])) for x in sentences)
-        positions = places - (places > ends).long()  # [B, L + 1]
-        ids = input_ids.gather(1, positions).masked_fill(places == ends, end_id)
-        mask = pseudo_mask.gather(1, positions) & (places < ends)
-        hidden_end = (places == ends)[:, None, :] & (places > ends)[:, :, None]  # [B, L + 1, L + 1]
-        visible = (places[None, :] <= places[:, None]) & ~hidden_end
-        stops = [self._first_eos(input_ids) + 1, ends.squeeze(-1)]
+        ids, masks, ends = [input_ids], [pseudo_mask], [self._first_eos(input_ids)]
         if modification_ids is not None:
-            stops.append(len(places) + self._first_eos(modification_ids))
-            own = torch.arange(modification_ids.shape[1], device=input_ids.device)
-            ids, positions = torch.cat([ids, modification_ids], 1), torch.cat([positions, own.expand(len(ids), -1)], 1)
-            mask, visible = F.pad(mask, (0, len(own))), F.pad(visible, (0, len(own), 0, len(own)))
-            visible[:, len(places) :, len(places) :] = own[None, :] <= own[:, None]
-        hidden = self._text_states(ids, mask, pseudo_words, name, positions, visible)
-        return tuple(self._sentence(hidden, stop) for stop in stops)
+            longest = max(input_ids.shape[1], modification_ids.shape[1])
+            ids = [F.pad(x, (0, longest - x.shape[1])) for x in (input_ids, modification_ids)]
+            masks = [F.pad(pseudo_mask, (0, longest - pseudo_mask.shape[1])), torch.zeros_like(ids[1]).bool()]
+            ends.append(self._first_eos(modification_ids))
+        size, columns = ids[0].numel(), torch.arange(ids[0].shape[1], device=input_ids.device)
+        places = [number * size + places_of(*both) for number, both in enumerate(zip(ids, masks, strict=True))]
+        # q(x) has its prompt's states, and behind the pseudo-words an EOS of its own.
+        stops = 1 + (masks[0] * columns).amax(-1)  # [B]
+        ids.append(torch.full_like(ids[0], self.config.text_eos_token_id))
+        masks.append(torch.zeros_like(masks[0]))
+        ends.append(stops)
+        own = len(places) * size + torch.arange(size, device=columns.device).view_as(ids[0])
+        places.append(places[0].where(columns < stops[:, None], own))
+        sentences = [torch.cat(x) for x in (ids, masks)]
+        embeds = self._sentences(*sentences, pseudo_words, torch.cat(places), torch.cat(ends), name)
+        query, *rest = embeds.split(len(input_ids))
+        return query, rest[-1], *rest[:-1]
 
-    def _text_states(
+    def _sentences(
         self,
         input_ids: torch.Tensor,
         pseudo_mask: torch.Tensor,
         pseudo_words: torch.Tensor,
+        places: torch.Tensor,
+        ends: torch.Tensor,
         adapter: str | None,
-        positions: torch.Tensor | None = None,
-        visible: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last states [B, L, d_t]; `visible` [B, L, L] in place of what causal attention sees."""
+        """Embeddings [S, D], L2-normalised, of sentences as `embed_words` takes them."""
         countable = not (torch.compiler.is_compiling() or pseudo_mask.is_meta)
         if countable and int(pseudo_mask.sum()) != pseudo_words.shape[:2].numel():
             raise ValueError(
                 f"pseudo_mask has {int(pseudo_mask.sum())} places for {pseudo_words.shape[:2].numel()} pseudo-words; "
                 f"make the processor with num_pseudo_words={pseudo_words.shape[1]}"
             )
-        text_model = self._merged.get(adapter, self.clip.text_model)
-        words = text_model.embeddings.token_embedding(input_ids)  # [B, L, d_t]
-        words = words.masked_scatter(pseudo_mask.unsqueeze(-1), pseudo_words.to(words.dtype))
-        if visible is None:
-            hidden = text_model.embeddings(inputs_embeds=words)  # adds positions
-            # Attention is causal and padding is on the right, so the state at EOS does not see it: no padding mask.
-            mask = create_causal_mask(text_model.config, hidden, None, None)  # no mask of ours, and no cache
-        else:
-            hidden = words + text_model.embeddings.position_embedding(positions)
-            mask = hidden.new_zeros(visible.shape).masked_fill(~visible, torch.finfo(hidden.dtype).min)[:, None]
-        with nullcontext() if adapter in self._merged else composing(text_model, adapter):
-            hidden = text_model.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
-        return text_model.final_layer_norm(hidden)
-
-    def _sentence(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Embeddings [B, D], L2-normalised, of sentences that end at `places` [B]."""
-        pooled = hidden[torch.arange(len(hidden), device=hidden.device), places]
+        tower = self._merged.get(adapter, self.clip.text_model)
+        states = embed_words(tower, input_ids, pseudo_mask, pseudo_words, places, ends)
+        with nullcontext() if adapter in self._merged else composing(tower, adapter):
+            pooled = self.run_layers(tower, *states, ends)
         return F.normalize(self.clip.text_projection(pooled), dim=-1)
 
     def _first_eos(self, input_ids: torch.Tensor) -> torch.Tensor:

@@ -154,5 +154,6 @@ def test_compiled_towers_train_the_same(objective, batch):
     for found, wanted in zip(computed(), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     assert model.clip.text_model.encoder._compiled_call_impl is not None
+    assert model.run_layers is not type(model).run_layers
     assert list(model.state_dict()) == names
     torch.compiler.reset()

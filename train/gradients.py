@@ -136,9 +136,10 @@ def hold_frozen_in_bf16(model: TSCIRModel, accelerator: Accelerator) -> None:
 
 
 def compile_towers(model: TSCIRModel, backend: str = "inductor") -> None:
-    """torch.compile both towers' encoders in place: names, weights and checkpoints stay as they are."""
+    """torch.compile both towers' layers in place: names, weights and checkpoints stay as they are."""
     for tower in (model.clip.vision_model, model.clip.text_model):
         tower.encoder.compile(backend=backend)
+    model.run_layers = torch.compile(model.run_layers, backend=backend)
 
 
 def precision(model: TSCIRModel) -> str:

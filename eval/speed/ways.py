@@ -37,8 +37,7 @@ def our_queries(setting: Setting, compiled: bool = False, **options) -> Callable
     """Through the pipeline, with its `options`; result pictures are not decoded, as the peers return names."""
     model, processor = setting.model(1)
     if compiled:
-        model.clip.vision_model.compile()
-        model.clip.text_model.encoder.compile(dynamic=True)
+        compile_towers(model)
     cir = ComposedImageRetrievalPipeline(model=model, processor=processor)
     cir.gallery_embeds = setting.embeds(setting.gallery)
     cir.gallery_ids = cir.gallery_sources = [f"{i:09d}.jpg" for i in range(setting.gallery)]
