@@ -1,21 +1,6 @@
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers.masking_utils import create_causal_mask
-
-from modeling_tscir.adapters import ADAPTER_NAME, composing
-
-
-def by_the_tower(model, input_ids, pseudo_mask, words, ends) -> torch.Tensor:
-    """Sentences as CLIP's own encoder reads a padded batch of them, each of its tokens by itself."""
-    tower = model.clip.text_model
-    embedded = tower.embeddings.token_embedding(input_ids).masked_scatter(pseudo_mask.unsqueeze(-1), words)
-    hidden = tower.embeddings(inputs_embeds=embedded)
-    mask = create_causal_mask(tower.config, hidden, None, None)
-    with composing(tower, ADAPTER_NAME):
-        hidden = tower.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
-    pooled = tower.final_layer_norm(hidden)[torch.arange(len(ends)), ends]
-    return F.normalize(model.clip.text_projection(pooled), dim=-1)
+from ways import read_by_tower
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -27,14 +12,12 @@ def test_queries_and_their_gradients_are_those_of_clips_own_encoder(stage2, proc
     words = torch.randn(len(texts), processor.num_pseudo_words, 32, generator=torch.Generator().manual_seed(0))
     words.requires_grad_()
     trained = [words, *stage2.trainable_parameters().values()]
-    rows, end_id = torch.arange(len(ids)), stage2.config.text_eos_token_id
-    behind = mask.int().argmax(-1) + mask.sum(-1)
     alone_ids = ids.clone()
-    alone_ids[rows, behind] = end_id
+    alone_ids[torch.arange(len(ids)), mask.int().argmax(-1) + mask.sum(-1)] = stage2.config.text_eos_token_id
     expected = (
-        by_the_tower(stage2, ids, mask, words, (ids == end_id).int().argmax(-1)),
-        by_the_tower(stage2, alone_ids, mask, words, behind),
-        by_the_tower(stage2, asked, torch.zeros_like(asked).bool(), words[:0], (asked == end_id).int().argmax(-1)),
+        read_by_tower(stage2, ids, mask, words),
+        read_by_tower(stage2, alone_ids, mask, words),
+        read_by_tower(stage2, asked, torch.zeros_like(asked).bool(), words[:0]),
     )
     found = stage2.encode_query_parts(ids, mask, words, asked)
     weights = torch.randn(expected[0].shape, generator=torch.Generator().manual_seed(1))

@@ -5,6 +5,7 @@ A way is a function of a `Setting` that prepares everything and gives what is ti
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from setting import Setting  # a neighbour, which puts train/ and eval/ on the p
 from splits import Split
 from stage1 import Stage1Objective
 from stage2 import Stage2Objective
+from transformers.masking_utils import create_causal_mask
 
 from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, TSCIRModel, TSCIRProcessor
 from modeling_tscir.adapters import ADAPTER_NAME, composing
@@ -158,12 +160,28 @@ def accelerator_of(setting: Setting) -> Accelerator:
     return Accelerator(cpu=True, mixed_precision="bf16" if setting.dtype == "bfloat16" else "no")
 
 
-def our_stage1(setting: Setting, cached: bool, compiled: bool = False) -> Callable:
-    """A step of `train/stage1.py`, with `--torch_compile` if it is to be `compiled`."""
+def read_by_tower(
+    model: TSCIRModel, input_ids: torch.Tensor, pseudo_mask: torch.Tensor, pseudo_words: torch.Tensor
+) -> torch.Tensor:
+    """`model.encode_with_pseudo_words` by CLIP's own encoder, each token of a padded batch by itself."""
+    tower, ends = model.clip.text_model, (input_ids == model.config.text_eos_token_id).int().argmax(-1)
+    words = tower.embeddings.token_embedding(input_ids)
+    hidden = tower.embeddings(inputs_embeds=words.masked_scatter(pseudo_mask[..., None], pseudo_words.to(words)))
+    mask = create_causal_mask(tower.config, hidden, None, None)
+    with composing(tower, model.active_adapter):
+        hidden = tower.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
+    pooled = tower.final_layer_norm(hidden)[torch.arange(len(ends)), ends]
+    return F.normalize(model.clip.text_projection(pooled), dim=-1)
+
+
+def our_stage1(setting: Setting, cached: bool, compiled: bool = False, apart: bool = False) -> Callable:
+    """A step of `train/stage1.py`, with `--torch_compile` if it is to be `compiled`; each token `apart`, as before."""
     accelerator = accelerator_of(setting)
     model, processor = setting.model(1, "float32")
     if compiled:
         compile_towers(model)
+    if apart:
+        model.encode_with_pseudo_words = partial(read_by_tower, model)
     objective = Stage1Objective(model, processor)
     batch = {"caption_embeds": setting.embeds(setting.rows), "pixel_values": setting.pixels}
     if cached:
@@ -179,12 +197,14 @@ def lincirs_stage1(setting: Setting) -> Callable:
     return LincirStep(Peer(setting.clip, Levers()), setting.texts)
 
 
-def our_stage2(setting: Setting, compiled: bool = False) -> Callable:
+def our_stage2(setting: Setting, compiled: bool = False, apart: bool = False) -> Callable:
     """With mined negatives in the loss; mining itself is measured by the number of triplets."""
     accelerator = accelerator_of(setting)
     model, processor = setting.model(2, "float32")
     if compiled:
         compile_towers(model)
+    if apart:
+        model.encode_with_pseudo_words = partial(read_by_tower, model)
     return Step(Stage2Objective(model), model, stage2_batch(setting, model, processor), accelerator)
 
 

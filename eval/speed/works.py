@@ -67,7 +67,7 @@ def with_levers(peers: Callable, **levers: Levers) -> dict[str, Callable]:
 
 SHORT, BF16, CACHED = Levers(short_texts=True), Levers(bf16=True), Levers(cached=True)
 SORT, NAMES = Levers(partial_sort=True), Levers(few_names=True)
-COMPILED = "ours, + torch.compile"
+COMPILED, APART = "ours, + torch.compile", "ours, + each token by itself"
 QUERIES = {
     "ours": our_queries,
     COMPILED: partial(our_queries, compiled=True),
@@ -93,6 +93,7 @@ WORKS = {
         {
             "ours": partial(our_stage1, cached=False),
             COMPILED: partial(our_stage1, cached=False, compiled=True),
+            APART: partial(our_stage1, cached=False, apart=True),
             "limit": vision_forward,
             **with_levers(peers_stage1, short_texts=SHORT, bf16=BF16),
             "LinCIR's way": lincirs_stage1,
@@ -104,6 +105,7 @@ WORKS = {
         {
             "ours": partial(our_stage1, cached=True),
             COMPILED: partial(our_stage1, cached=True, compiled=True),
+            APART: partial(our_stage1, cached=True, apart=True),
             **with_levers(peers_stage1, short_texts=SHORT, cached_pictures=CACHED, bf16=BF16),
             "LinCIR's way": lincirs_stage1,
         },
@@ -114,6 +116,7 @@ WORKS = {
         {
             "ours": our_stage2,
             COMPILED: partial(our_stage2, compiled=True),
+            APART: partial(our_stage2, apart=True),
             "limit": text_forward_and_backward,
             **with_levers(
                 peers_stage2, short_texts=SHORT, cached_pictures=CACHED, adapters=Levers(adapters=True), bf16=BF16
