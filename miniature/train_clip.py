@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--warmup_steps", type=int, default=150)
     parser.add_argument("--change_share", type=float, default=0.8, help="of edited near-duplicates, told as a change")
-    parser.add_argument("--bf16", action="store_true", help="faster with AMX, slower without")
+    parser.add_argument("--bf16", action="store_true", help="faster with AMX or AVX512_BF16, slower without")
     parser.add_argument("--freeze_vision", action="store_true", help="train the text tower alone")
     parser.add_argument("--init_from", help="a folder of this script's to start from, instead of random weights")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import randomised
-from gradients import backward, compile_towers, gather_with_gradient, hold_frozen_in_bf16
+from gradients import backward, bf16_is_fast, compile_towers, gather_with_gradient, hold_frozen_in_bf16
 from peft import LoraConfig, inject_adapter_in_model
 from stage1 import Stage1Objective
 
@@ -52,6 +52,20 @@ def test_cached_gradients_are_those_of_the_whole_batch(objective, batch, chunk):
     assert found.keys() == expected.keys() and len(found) > 10
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "able, fast",
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, True),
+        ({"amx_bf16": False, "avx512_bf16": True}, True),  # AMD EPYC since Zen 4
+        ({"amx_bf16": False, "avx512_bf16": False}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_cpus_that_multiply_in_bf16_are_fast_in_it(monkeypatch, able, fast):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
+    assert bf16_is_fast(torch.device("cpu")) == fast
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -106,10 +106,11 @@ def _seeded(parts: list[dict], seed: int) -> Iterator[dict]:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether `device` computes faster in bf16 than in fp32, as CPUs with AMX and GPUs since Ampere do."""
+    """Whether `device` computes faster in bf16 than in fp32, as GPUs since Ampere do, and CPUs that multiply in it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "cpu" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    able = torch.cpu.get_capabilities()
+    return device.type != "cpu" or any(able.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def bf16_where_fast(device: torch.device, asked: bool = True) -> contextlib.AbstractContextManager:
