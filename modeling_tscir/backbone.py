@@ -47,6 +47,9 @@ def fingerprint_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
 def refuse_other_models(path: str, hub: dict) -> None:
     """Raise `ValueError` unless `path` has a TSCIR configuration that asks for no code but its own."""
     content = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    place = os.path.join(path, hub.get("subfolder") or "")
+    if not content:
+        raise ValueError(f"there is no config.json in {place}; name a folder or repository that TSCIR's training wrote")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: its config.json is no model's configuration")
     found = content.get("model_type")
@@ -58,7 +61,7 @@ def refuse_other_models(path: str, hub: dict) -> None:
         if found == "clip"
         else "Name a folder that TSCIR's training wrote, or a CLIP for TSCIRModel.from_clip_pretrained."
     )
-    raise ValueError(f"{path} holds a model of type {found!r}, not a TSCIR model. {remedy}")
+    raise ValueError(f"{place} holds a model of type {found!r}, not a TSCIR model. {remedy}")
 
 
 def refuse_foreign_code(path: str, config: dict) -> None:

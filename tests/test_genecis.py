@@ -10,6 +10,8 @@ from harness import parse_arguments, published_counts, rank
 from PIL import Image
 from splits import Split
 
+from modeling_tscir.feature_cache import file_fingerprints
+
 
 @pytest.fixture
 def folder(tmp_path, pictures):
@@ -43,6 +45,18 @@ def test_candidates_are_the_target_and_its_gallery(folder):
             assert split.image_ids[1] == "1 10 5 9 12" and split.sources[1].size[0] == split.sources[1].size[1]
         else:
             assert split.sources[1].endswith("val2017/000000000001.jpg")
+
+
+def test_each_box_has_embeddings_of_its_own_in_the_cache(folder):
+    """Boxes of one picture, which is one file, and another task whose boxes alone differ."""
+    split = load(folder)["focus_attribute"]
+    path, *box = split.files[1]
+    assert file_fingerprints([(path, *box)]) != file_fingerprints([(path, *box[:3], box[3] + 1)])
+    task = folder / "genecis/focus_attribute.json"
+    task.write_text(task.read_text("utf-8").replace("[10, 5, 9, 12]", "[10, 5, 9, 11]"), "utf-8")
+    other = load(folder)["focus_attribute"]
+    changed = [a != b for a, b in zip(*map(file_fingerprints, (split.files, other.files)), strict=True)]
+    assert changed == [i == 1 for i in range(6)]
 
 
 def test_boxes_are_cut_out_with_what_surrounds_them():

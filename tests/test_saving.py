@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRModel, TSCIRProcessor
 from modeling_tscir.adapters import lora_layers
@@ -119,3 +120,21 @@ def test_a_relative_backbone_is_found_from_elsewhere(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     TSCIRModel.from_pretrained("two")
+
+
+@pytest.mark.parametrize("form", ["full", "reference"])
+def test_a_model_in_a_subfolder_is_loaded_from_there(stage2, processor, composed, tmp_path, form):
+    stage2.save_adapter(tmp_path / "adapter")
+    stage2.load_adapter(tmp_path / "adapter", "further")
+    stage2.save_pretrained(tmp_path / "repository/b32", backbone=form)
+    processor.save_pretrained(tmp_path / "repository/b32")
+    for again in (
+        TSCIRModel.from_pretrained(tmp_path / "repository", subfolder="b32"),
+        AutoModel.from_pretrained(tmp_path / "repository", subfolder="b32"),
+    ):
+        assert torch.equal(again.get_composed_features(**composed), stage2.get_composed_features(**composed))
+        assert again.adapter_names == ["default", "further"]
+    again = TSCIRProcessor.from_pretrained(tmp_path / "repository", subfolder="b32")
+    assert torch.equal(again.compose(["red"])["input_ids"], processor.compose(["red"])["input_ids"])
+    with pytest.raises(ValueError, match="no config.json in .*l14"):
+        TSCIRModel.from_pretrained(tmp_path / "repository", subfolder="l14")
