@@ -315,6 +315,8 @@ def composing(text_model: nn.Module, adapter: str | None) -> Iterator[None]:
     PEFT's own switches also rewrite `requires_grad`, so the flags behind them are set here.
     """
     with _SWITCH:
+        if adapter is not None and adapter not in text_model.peft_config:
+            raise ValueError(f"composing adapter {adapter!r} was deleted meanwhile")
         layers = lora_layers(text_model)
         before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
         for layer in layers:

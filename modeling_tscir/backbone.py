@@ -49,7 +49,7 @@ def refuse_other_models(path: str, hub: dict) -> None:
     content = PreTrainedConfig.get_config_dict(path, **hub)[0]
     place = os.path.join(path, hub.get("subfolder") or "")
     if not content:
-        raise ValueError(f"there is no config.json in {place}; name a folder or repository that TSCIR's training wrote")
+        raise ValueError(f"there is no config.json in {place}; name what TSCIR's training wrote")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: its config.json is no model's configuration")
     found = content.get("model_type")

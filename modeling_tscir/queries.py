@@ -64,6 +64,7 @@ class QueryMixin:
             ValueError: if places and pseudo-words differ in number, and for an unknown adapter.
         """
         name = (self.active_adapter if adapter is None else self.known_adapter(adapter)) if adapters else None
+        input_ids = input_ids.masked_fill(pseudo_mask, 0)
         places, ends = places_of(input_ids, pseudo_mask), self._first_eos(input_ids)
         return self._sentences(input_ids, pseudo_mask, pseudo_words, places, ends, name)
 
@@ -81,6 +82,7 @@ class QueryMixin:
         pass that reads the tower's weights once.
         """
         name = self.active_adapter if adapter is None else self.known_adapter(adapter)
+        input_ids = input_ids.masked_fill(pseudo_mask, 0)
         ids, masks, ends = [input_ids], [pseudo_mask], [self._first_eos(input_ids)]
         if modification_ids is not None:
             longest = max(input_ids.shape[1], modification_ids.shape[1])
@@ -111,15 +113,19 @@ class QueryMixin:
         adapter: str | None,
     ) -> torch.Tensor:
         """Embeddings [S, D], L2-normalised, of sentences as `embed_words` takes them."""
-        countable = not (torch.compiler.is_compiling() or pseudo_mask.is_meta)
-        if countable and int(pseudo_mask.sum()) != pseudo_words.shape[:2].numel():
-            raise ValueError(
-                f"pseudo_mask has {int(pseudo_mask.sum())} places for {pseudo_words.shape[:2].numel()} pseudo-words; "
-                f"make the processor with num_pseudo_words={pseudo_words.shape[1]}"
-            )
-        tower = self._merged.get(adapter, self.clip.text_model)
+        if not (torch.compiler.is_compiling() or pseudo_mask.is_meta):
+            columns = torch.arange(input_ids.shape[1], device=ends.device)
+            count = int((pseudo_mask & (columns < ends[:, None])).sum())
+            if count != pseudo_words.shape[:2].numel():
+                raise ValueError(
+                    f"pseudo_mask has {count} places, before the end of a text, for "
+                    f"{pseudo_words.shape[:2].numel()} pseudo-words; make the processor with "
+                    f"num_pseudo_words={pseudo_words.shape[1]}"
+                )
+        merged = self._merged.get(adapter)
+        tower = self.clip.text_model if merged is None else merged
         states = embed_words(tower, input_ids, pseudo_mask, pseudo_words, places, ends)
-        with nullcontext() if adapter in self._merged else composing(tower, adapter):
+        with nullcontext() if merged is not None else composing(tower, adapter):
             pooled = self.run_layers(tower, *states, ends)
         return F.normalize(self.clip.text_projection(pooled), dim=-1)
 

@@ -34,37 +34,53 @@ def embed_words(
         ends (`torch.LongTensor` [S]): where sentences end.
 
     Returns:
-        The states [T, d_t] to be computed, their places [T], and which of them each token's is, [S, L].
+        The states [T, d_t] to be computed, their places [T], which of them each token's is, [S, L], and how many stand
+        first that more than two tokens share.
     """
     length, limit = input_ids.shape[1], tower.config.max_position_embeddings
     if length > limit:
         raise ValueError(f"these texts are of {length} tokens, and the text tower reads at most {limit}")
     if torch.compiler.is_compiling() or input_ids.is_meta:  # where no shape may depend on values
-        taken, index = torch.arange(input_ids.numel(), device=input_ids.device), places
+        taken, index, shared = torch.arange(input_ids.numel(), device=input_ids.device), places, 0
     else:
         behind = torch.arange(length, device=input_ids.device) > ends[:, None]
-        taken, index = places.masked_fill(behind, 0).unique(return_inverse=True)
+        taken, index, counts = places.masked_fill(behind, 0).unique(return_inverse=True, return_counts=True)
+        order, shared = (counts <= 2).int().argsort(stable=True), int((counts > 2).sum())
+        taken, index = taken[order], order.argsort()[index]
     words = tower.embeddings.token_embedding(input_ids.flatten()[taken])
     words = words.masked_scatter(pseudo_mask.flatten()[taken, None], pseudo_words.to(words.dtype))
-    return words + tower.embeddings.position_embedding(taken % length), taken, index
+    return words + tower.embeddings.position_embedding(taken % length), taken, index, shared
+
+
+def of_tokens(states: torch.Tensor, index: torch.Tensor, shared: int) -> torch.Tensor:
+    """The state of each token, [S, L, d], of [T, d]; the first `shared` are those of more than two tokens.
+
+    Each sentence takes these from a copy of its own: the backward pass of taking one state for many tokens would add
+    their gradients one by one in the states' own precision, and on a CPU in no order; that of copying sums them.
+    """
+    sentences = torch.arange(len(index), device=index.device)[:, None]
+    copies = states[:shared].expand(len(index), -1, -1).flatten(0, 1)
+    own = index + (len(index) - 1) * shared
+    return torch.cat([copies, states[shared:]])[own.where(index >= shared, index + sentences * shared)]
 
 
 def run_layers(
-    tower: nn.Module, hidden: torch.Tensor, taken: torch.Tensor, index: torch.Tensor, ends: torch.Tensor
+    tower: nn.Module, hidden: torch.Tensor, taken: torch.Tensor, index: torch.Tensor, shared: int, ends: torch.Tensor
 ) -> torch.Tensor:
     """Last states [S, d_t] at sentences' ends, of what `embed_words` gives, as the tower itself would have them."""
     layers, config = tower.encoder.layers, tower.config
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
     mask = create_causal_mask(config, hidden.new_empty(*index.shape, 1), None, None)
-    ends = ends + index.shape[1] * torch.arange(len(ends), device=ends.device)  # counted through all rows
     for layer in layers:
         attention, normed = layer.self_attn, layer.layer_norm1(hidden)
         projected = (project(normed) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-        heads = (x[index].unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in projected)  # [S, h, L, d]
+        tokens = (of_tokens(x, index, shared) for x in projected)
+        heads = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in tokens)  # [S, h, L, d]
         dropout = attention.dropout if attention.training else 0.0
         seen, _ = attend(attention, *heads, mask, scaling=attention.scale, dropout=dropout, is_causal=True)
         if layer is layers[-1]:  # whose other states nothing reads
-            hidden, taken = hidden[index.flatten()[ends]], ends
+            hidden = of_tokens(hidden, index.gather(1, ends[:, None]), shared)[:, 0]
+            taken = ends + index.shape[1] * torch.arange(len(ends), device=ends.device)  # counted through all rows
         hidden = hidden + attention.out_proj(seen.flatten(2).flatten(0, 1)[taken])
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
     return tower.final_layer_norm(hidden)
