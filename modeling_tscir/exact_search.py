@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .ranking import best_of_rows
+
 
 QUERIES_AT_A_TIME, ROWS_AT_A_TIME = 64, 65_536
 
@@ -52,25 +54,9 @@ def best_rows(
         new = block[:, : end - start]
         if hidden is not None:
             new.masked_fill_(hidden[start:end], -torch.inf)
-        new, columns = best(new, min(k, end - start))
+        new, columns = best_of_rows(new, min(k, end - start))
         rows = torch.cat([rows, columns + start], dim=1)
-        scores, places = best(torch.cat([scores, new], dim=1), min(k, rows.shape[1]))
+        scores, places = best_of_rows(torch.cat([scores, new], dim=1), min(k, rows.shape[1]))
         rows = rows.gather(1, places)
         start = end
     return scores, rows
-
-
-def best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and columns [Q, k] of the k highest of each row; of equal scores the first column comes first."""
-    values, columns = torch.topk(scores, k, dim=1)
-    # topk takes any of those that tie with its last; take the first of them, then sort ties by column.
-    for row in torch.nonzero((scores >= values[:, -1:]).sum(1) > k).flatten().tolist() if k else []:
-        last = values[row, -1]
-        above = torch.nonzero(scores[row] > last).flatten()
-        tied = torch.nonzero(scores[row] == last).flatten()[: k - len(above)]
-        columns[row] = torch.cat([above, tied])
-        values[row] = scores[row, columns[row]]
-    by_column = columns.argsort(dim=1)
-    values, columns = values.gather(1, by_column), columns.gather(1, by_column)
-    order = values.argsort(dim=1, descending=True, stable=True)
-    return values.gather(1, order), columns.gather(1, order)

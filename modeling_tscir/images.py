@@ -275,7 +275,11 @@ def list_images(folder: str | os.PathLike) -> list[str]:
         except OSError as error:
             raise ValueError(f"{place} cannot be read: {error.strerror}") from error
         for entry in entries:
-            if entry.is_dir():
+            try:
+                is_folder = entry.is_dir()
+            except OSError as error:  # such as a link to itself
+                raise ValueError(f"{entry.path} cannot be read: {error.strerror}") from error
+            if is_folder:
                 (linked if entry.is_symlink() else waiting).append(entry.path)
             elif Path(entry.name).suffix.lower() in EXTENSIONS:
                 found.append(os.path.relpath(entry.path, root))
@@ -285,9 +289,30 @@ def list_images(folder: str | os.PathLike) -> list[str]:
     return found
 
 
-def find_bad_images(
-    sources: Sequence[ImageSource], ids: Sequence[str], max_workers: int | None = None
-) -> list[tuple[str, str]]:
+def dataset_pictures(rows, image_column: str):
+    """A `datasets.Dataset` of its pictures alone, still encoded.
+
+    Raises:
+        ValueError: if these are several splits, a stream, or lack the column, or it holds no pictures.
+    """
+    from datasets import Image as ImageFeature  # only a Dataset brings us here, so datasets is there
+    from datasets.table import CastError
+    from pyarrow import ArrowException
+
+    if isinstance(rows, dict):
+        raise ValueError(f"these are several splits, {list(rows)}; index one of its splits, such as dataset['train']")
+    if not hasattr(rows, "__len__"):
+        raise ValueError(f"a stream ({type(rows).__name__}) has no rows to come back to; load it with streaming=False")
+    if image_column not in rows.column_names:
+        raise ValueError(f"the dataset has no column {image_column!r}; its columns are {rows.column_names}")
+    try:
+        return rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+    except (ArrowException, CastError, TypeError) as error:
+        found = rows.features[image_column]
+        raise ValueError(f"column {image_column!r} of the dataset holds no pictures but {found}") from error
+
+
+def find_bad_images(sources: Sequence[ImageSource], ids: Sequence[str]) -> list[tuple[str, str]]:
     """Decode every picture once, small where its format allows, and give (id, reason) of each that fails."""
 
     def reason(row: int) -> str | None:
@@ -301,7 +326,7 @@ def find_bad_images(
             return str(error)
         return None
 
-    with ThreadPoolExecutor(max_workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [(i, why) for i, why in zip(ids, pool.map(reason, range(len(sources))), strict=True) if why is not None]
 
 

@@ -20,7 +20,7 @@ from .files import (
     same_file,
 )
 from .gallery import Gallery, GalleryError
-from .images import EXTENSIONS
+from .images import EXTENSIONS, dataset_pictures
 from .metadata import own_file, read_metadata, tidy
 
 
@@ -239,17 +239,13 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     """What a dataset's rows ask for.
 
     Raises:
-        GalleryError: for a missing column, or ids that are not unique or that a file has.
+        GalleryError: for ids that are not unique or that a file has.
+        ValueError: for what is no dataset of pictures, as `dataset_pictures` does.
         MetadataError: for columns that cannot be metadata.
     """
-    from datasets import Image as ImageFeature
-
     if not hasattr(rows, "column_names"):
         raise GalleryError(f"add takes a folder or a datasets.Dataset, not a {type(rows).__name__}")
-    if isinstance(rows, dict):
-        raise GalleryError(f"these are several splits, {list(rows)}; add one of its splits, such as dataset['train']")
-    if image_column not in rows.column_names:
-        raise GalleryError(f"the dataset has no column {image_column!r}; its columns are {rows.column_names}")
+    pictures = dataset_pictures(rows, image_column)
     named = id_column in rows.column_names
     ids = [f"{prefix}{name}" for name in (rows[id_column] if named else range(len(rows)))]
     if len(set(ids)) != len(ids):
@@ -267,7 +263,6 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     if described:
         table = rows.select_columns(described).with_format("arrow")[:]
         frame = tidy(table.to_pandas(integer_object_nulls=True).set_axis(ids), "the dataset")
-    pictures = rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
     rows = DatasetRows(pictures, image_column, ids)
     if there and not named:
         items = (rows[number : number + 1][0] for number in there)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from PIL import Image
 from transformers.utils import logging
 
-from .images import EXTENSIONS, ImageSource, is_url, list_images
+from .images import EXTENSIONS, ImageSource, dataset_pictures, is_url, list_images
 
 
 logger = logging.get_logger(__name__)
@@ -16,16 +16,9 @@ logger = logging.get_logger(__name__)
 def gallery_of(images, image_column: str, id_column: str) -> tuple[Sequence[ImageSource], list[str | int]]:
     """Pictures, fetched when asked for, and an id for each: relative path, given path or URL, or row number."""
     if hasattr(images, "column_names"):
-        from datasets import Image as ImageFeature  # only a Dataset brings us here, so datasets is there
-
-        if isinstance(images, dict):
-            raise ValueError(
-                f"these are several splits, {list(images)}; index one of its splits, such as dataset['train']"
-            )
-        if image_column not in images.column_names:
-            raise ValueError(f"the dataset has no column {image_column!r}; its columns are {images.column_names}")
+        pictures = dataset_pictures(images, image_column)
         ids = list(images[id_column]) if id_column in images.column_names else list(range(len(images)))
-        return images.cast_column(image_column, ImageFeature(decode=False))[image_column], ids
+        return pictures[image_column], ids
     if isinstance(images, (str, os.PathLike)) and not is_url(images):
         if os.path.splitext(images)[1].lower() in EXTENSIONS and not os.path.isdir(images):
             raise ValueError(f"{images} is one picture; index a folder or a list")
@@ -60,7 +53,7 @@ def as_queries(inputs, image, text, content) -> tuple[list[list], bool]:
     if inputs is not None:
         if any(x is not None for x in (image, text, content)):
             raise ValueError("give queries either as inputs or as image=, text= and content=, not both")
-        if isinstance(inputs, str):
+        if isinstance(inputs, str) or not hasattr(inputs, "__iter__"):
             raise ValueError(f'a query is {{"image": ..., "text": ...}} or a list of such, not {inputs!r}')
         single = isinstance(inputs, dict)
         queries = [inputs] if single else list(inputs)

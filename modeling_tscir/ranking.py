@@ -67,7 +67,7 @@ def rank_gallery(
         if exclude is not None:
             scores[_pairs(exclude[rows], scores.device)] = -torch.inf
         ranks = None if truths is None else _ranks_of(scores, truths[rows])
-        blocks.append((*_best(scores, k), ranks))
+        blocks.append((*best_of_rows(scores, k), ranks))
     if not blocks:
         blocks = [(gallery_embeds.new_empty(0, k), torch.empty(0, k, dtype=torch.long), None)]
     scores, indices, ranks = zip(*blocks, strict=True)
@@ -130,7 +130,7 @@ def rank_candidates(
                 )
         columns = [[list(row).index(t) for t in own] for row, own in zip(candidates, truths, strict=True)]
         ranks = _ranks_of(scores, columns)
-    best, order = _best(scores, places.shape[1])
+    best, order = best_of_rows(scores, places.shape[1])
     return Ranking(best, places.gather(1, order), ranks)
 
 
@@ -139,10 +139,10 @@ def full_precision(embeds: torch.Tensor) -> torch.autocast:
     return torch.autocast(embeds.device.type, enabled=False)
 
 
-def _best(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def best_of_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Top k of each row of [B, N], best first, equal scores by index: a partial sort, mended for ties at its end."""
     values, columns = scores.topk(k, dim=1)
-    if k < scores.shape[1]:
+    if 0 < k < scores.shape[1]:
         # topk may pick any of the scores that equal the last place; take the first of them instead.
         last = values[:, -1:]
         ties = _count(scores, range(len(scores)), last[:, 0], operator.eq).to(values.device)

@@ -21,7 +21,7 @@ from modeling_tscir import (
     gallery_rows,
 )
 from modeling_tscir.embedding import embed_images
-from modeling_tscir.ranking import top_k
+from modeling_tscir.ranking import best_of_rows, top_k
 
 
 def test_it_holds_frozen_clips_embeddings_of_every_picture(make_gallery, stage2, processor, picture_folder):
@@ -65,7 +65,7 @@ def test_search_in_blocks_is_search_in_one(make_gallery, monkeypatch):
 
 def test_equal_scores_keep_the_gallerys_order():
     scores = torch.tensor([[0.5, 0.9, 0.5, 0.5, -torch.inf], [0.1, 0.1, 0.1, 0.1, 0.1]])
-    values, columns = exact_search.best(scores, 3)
+    values, columns = best_of_rows(scores, 3)
     assert columns.tolist() == [[1, 0, 2], [0, 1, 2]] and values[0].tolist() == pytest.approx([0.9, 0.5, 0.5])
 
 

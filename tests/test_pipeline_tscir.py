@@ -2,6 +2,7 @@ import http.server
 import io
 import logging
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +176,13 @@ def test_misuse_is_explained(cir, pictures):
             cir(text="red", weight=odd)
     with pytest.raises(ValueError, match=r"index one of its splits, such as dataset\['train'\]"):
         cir.index(DatasetDict(train=Dataset.from_dict({"image": ["a"]})))
+    with pytest.raises(ValueError, match=r"a stream \(IterableDataset\) has no rows"):
+        cir.index(Dataset.from_dict({"image": ["a"]}).to_iterable_dataset())
+    with pytest.raises(ValueError, match="column 'image' of the dataset holds no pictures but .*int64"):
+        cir.index(Dataset.from_dict({"image": [1, 2]}))
+    for odd in (pictures[0], Path("a.jpg")):
+        with pytest.raises(ValueError, match="a query is"):
+            cir(odd)
     for odd in ("5", 0, 2.5):
         with pytest.raises(ValueError, match="top_k"):
             cir(text="red", top_k=odd)
