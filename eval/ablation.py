@@ -67,11 +67,17 @@ class Grid:
     def read(cls, path: Path) -> "Grid":
         """Raises `ValueError` for keys that are unknown or missing, and for runs and stages that are not there."""
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = content if isinstance(content, dict) else {}
         if set(content) - {"measure", "stage2", "queries"} != {"seeds", "stage1", "runs", "claims"}:
             raise ValueError(
                 f"{path} needs seeds, stage1, runs and claims, and may have measure, stage2 and queries; "
-                f"it has {', '.join(content)}"
+                f"it has {', '.join(map(str, content)) or 'none of them'}"
             )
+        for what in ("stage1", "runs"):
+            for name, given in [(None, content[what]), *dict(content[what] or {}).items()]:
+                if not isinstance(given, dict):
+                    where = what if name is None else f"{what}, {name!r}"
+                    raise ValueError(f"{path}, {where}: names with what each has, {{}} for nothing, not {given!r}")
         if content.get("measure", "retrieval") not in MEASURES:
             raise ValueError(f"{path}: measure is one of {', '.join(MEASURES)}, not {content['measure']!r}")
         grid = cls(**content)
@@ -297,7 +303,10 @@ def main() -> None:
         MEASURES[measure].evaluate(json.loads(run), Path(result), args.output_dir)
         return
     results = (args.results_dir or args.output_dir / "results" / args.config.stem).resolve()
-    whole = Grid.read(args.config)
+    try:
+        whole = Grid.read(args.config)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"error: {error}")
     grid = whole.only(args.runs or list(whole.runs))
     seeds = args.seeds or grid.seeds
     flags = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]

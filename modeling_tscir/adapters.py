@@ -191,10 +191,6 @@ class AdapterMixin:
         del tower.peft_config
         self._merged[name] = tower.eval().requires_grad_(False)
 
-    def unmerge_adapter(self, adapter_name: str) -> None:
-        """Drop the merged copy of the text tower. Raises `KeyError` if there is none."""
-        del self._merged[adapter_name]
-
     def train(self, mode: bool = True):
         """As every module's; merged copies, which training would leave behind, are dropped."""
         if mode:

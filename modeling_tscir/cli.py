@@ -166,18 +166,23 @@ def run_index(args: argparse.Namespace) -> int:
 
     if not args.folder.is_dir():
         raise ValueError(f"{args.folder} is not a folder")
-    if not is_milvus(args.output) and (taken := nearest_file(Path(args.output))):
+    if is_milvus(args.output):
+        if args.dtype == "float16":
+            raise ValueError("--dtype float16 is for galleries in folders; Milvus stores float32")
+        if args.index is not None:
+            raise ValueError("--index is for galleries in folders; Milvus keeps an index of its own")
+    elif taken := nearest_file(Path(args.output)):
         raise ValueError(f"--output {args.output}: {taken} is a file; name a folder")
     processes = Processes()  # before the model, as it chooses each process's GPU
     there = holds_gallery if is_milvus(args.output) else lambda folder: (Path(folder) / "gallery.json").is_file()
     name = args.model or model_of(open_gallery(args.output) if there(args.output) else None, None)
     cir = load_pipeline(name)
-    kind = MilvusGallery if is_milvus(args.output) else Gallery
-    gallery = kind.open_or_create(args.output, cir.model, cir.processor, args.dtype or "float16")
+    if is_milvus(args.output):
+        gallery = MilvusGallery.open_or_create(args.output, cir.model, cir.processor)
+    else:
+        gallery = Gallery.open_or_create(args.output, cir.model, cir.processor, args.dtype or "float16")
     if args.dtype not in (None, gallery.info["dtype"]):
         raise ValueError(f"{args.output} stores {gallery.info['dtype']}, not {args.dtype}; name a new one")
-    if args.index is not None and kind is MilvusGallery:
-        raise ValueError("--index is for galleries in folders; Milvus keeps an index of its own")
     if args.index is not None and processes.main:
         if args.index != "none":
             empty(args.index, gallery.info["dimensions"])  # refuses what FAISS does not know, before any work
@@ -320,7 +325,7 @@ def run_serve(args: argparse.Namespace) -> int:
     cir.model.merge_adapter()
     try:
         serve(make_page(cir), args.host, args.port)
-    except OSError as error:
+    except (OSError, OverflowError) as error:  # the second for a port beyond 65535
         raise ValueError(f"port {args.port} of {args.host} cannot be had; name another: --port ({error})") from error
     return 0
 

@@ -85,9 +85,10 @@ class TSCIRConfig(PreTrainedConfig):
             # A live configuration would be shared with the backbone and have its attention implementation reset.
             self.clip_config = self.clip_config.to_dict()
         self.clip_config = CLIPConfig(**(self.clip_config or {}))
+        for name in ("lora_target_modules", "adapters"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is a list of names, not {getattr(self, name)!r}")
         self.lora_target_modules = list(self.lora_target_modules)
-        if isinstance(self.adapters, str):
-            raise ValueError(f"adapters is a list of names, not {self.adapters!r}")
         self.adapters = list(self.adapters or ())
         # Written by `to_dict` always, but kept as an attribute only by remote code: with the package installed the
         # task is registered, and the attribute would make `pipeline()` ask for `trust_remote_code`.
@@ -101,11 +102,15 @@ class TSCIRConfig(PreTrainedConfig):
         """Raise `ValueError` for values that no model can have."""
         if self.stage not in (0, 1, 2):
             raise ValueError(f"stage must be 0, 1 or 2, not {self.stage!r}")
-        if self.num_pseudo_words < 1:
-            raise ValueError(f"num_pseudo_words must be at least 1, not {self.num_pseudo_words}")
+        for name in ("num_pseudo_words", "mapper_hidden_size", "num_injection_heads", "lora_rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        heads, width = self.num_injection_heads, self.clip_config.text_config.hidden_size
+        if heads and self.num_injection_blocks and width % heads:
+            raise ValueError(f"num_injection_heads must divide the text tower's width, {width}, and {heads} does not")
         for name in ("num_injection_blocks", "soft_alignment_weight", "reference_negative_weight",
                      "mined_negative_weight", "num_mined_negatives"):  # fmt: skip
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         for name, known in (
             ("mapper_activation", ("gelu", "relu")),
@@ -120,8 +125,9 @@ class TSCIRConfig(PreTrainedConfig):
         for name in ("training_free_weight", "gce_q"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, but is {getattr(self, name)}")
-        if self.soft_alignment_temperature <= 0 or self.lora_rank < 1:
-            raise ValueError("soft_alignment_temperature must be positive and lora_rank at least 1")
+        for name in ("soft_alignment_temperature", "lora_alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
 
     def to_dict(self) -> dict:
         return {**super().to_dict(), "custom_pipelines": copy.deepcopy(CUSTOM_PIPELINES)}

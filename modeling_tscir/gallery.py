@@ -5,7 +5,7 @@
     G/shards/000000/embeds.safetensors
     G/metadata.arrow                further columns, where there are any
     G/unreadable.json               what the last indexing could not use, and why
-    G/faiss.index                   where one was asked for
+    G/faiss-TOKEN.index             where one was asked for
 
 A shard is written aside and moved into place whole, and rewritten under a new name (000000-1) before the old one goes,
 so that a gallery is valid after any interruption. Where two rows have one id the later one holds.
@@ -341,7 +341,7 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
         """Where the picture of an id is: its file's path, or its encoded bytes. Raises `KeyError` for unknown ids."""
         row = self.row(name)
         if row is None:
-            raise KeyError(name)
+            raise KeyError(f"{self} holds no picture {name!r}")
         path = self.path(row)
         return self.table["picture"][row].as_py() if path is None else path
 

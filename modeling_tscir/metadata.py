@@ -60,7 +60,10 @@ def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, pref
         raise MetadataError(f"{path} cannot be read: {error}") from error
     if "file_name" not in frame.columns:
         raise MetadataError(f"{path} has no column file_name; it has {', '.join(map(str, frame.columns))}")
-    names = prefix + frame.pop("file_name").astype(str)
+    names = frame.pop("file_name")
+    if names.isna().any():
+        raise MetadataError(f"{path}: row {int(names.isna().argmax())} has no file_name")
+    names = prefix + names.astype(str)
     twice = names[names.duplicated()]
     if len(twice):
         raise MetadataError(f"{path} names {twice.iloc[0]!r} more than once")

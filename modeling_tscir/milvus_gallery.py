@@ -52,8 +52,8 @@ class MilvusGallery:
         self.info: dict = rows[0]["content"]
 
     @classmethod
-    def create(cls, uri: str, model, processor, dtype: str = "float32") -> "MilvusGallery":
-        """An empty gallery. `dtype` is float32, as Milvus's exact index has it."""
+    def create(cls, uri: str, model, processor) -> "MilvusGallery":
+        """An empty gallery, of float32, as Milvus's exact index has it."""
         from . import __version__
 
         uri = os.fspath(uri)
@@ -100,7 +100,7 @@ class MilvusGallery:
         return cls(uri)
 
     @classmethod
-    def open_or_create(cls, uri: str, model, processor, dtype: str = "float32") -> "MilvusGallery":
+    def open_or_create(cls, uri: str, model, processor) -> "MilvusGallery":
         """The gallery at `uri`, checked against the model, or an empty one."""
         from .indexing import Processes
 
@@ -186,7 +186,7 @@ class MilvusGallery:
         """The file of an id. Raises `KeyError` for unknown ids."""
         rows = self._get([name], ["path"])
         if not rows:
-            raise KeyError(name)
+            raise KeyError(f"{self} holds no picture {name!r}")
         return os.fsdecode(unquote_to_bytes(rows[0]["path"]))
 
     def picture(self, name: str):

@@ -220,7 +220,7 @@ def new_mapper(config: TSCIRConfig) -> PseudoWordMapper:
         patch_dim=clip.vision_config.hidden_size,
         word_dim=clip.text_config.hidden_size,
         num_pseudo_words=config.num_pseudo_words,
-        hidden_size=config.mapper_hidden_size or 2 * clip.projection_dim,
+        hidden_size=2 * clip.projection_dim if config.mapper_hidden_size is None else config.mapper_hidden_size,
         num_blocks=config.num_injection_blocks,
         num_heads=config.num_injection_heads or clip.text_config.num_attention_heads,
         dropout=config.mapper_dropout,

@@ -113,15 +113,20 @@ class TSCIRProcessor(ProcessorMixin):
         Raises:
             ValueError: for numbers of images and texts that differ, or a picture that cannot be read.
         """
-        if unknown := sorted(set(kwargs) - {"padding", "truncation"}):  # both of which are always as they should be
+        if unknown := sorted(set(kwargs) - {"padding", "truncation"}):
             raise TypeError(f"unknown arguments {unknown}; known are images, text and return_tensors")
+        if not {kwargs.get("padding", True), kwargs.get("truncation", True)} <= {True, "longest", "longest_first"}:
+            raise ValueError("texts are padded to the longest of their batch and cut at CLIP's length, always")
         if images is None and text is None:
             raise ValueError("give images, text, or both")
         for name, given in (("images", images), ("text", text)):
             if isinstance(given, (list, tuple)) and not given:
                 raise ValueError(f"{name} is an empty list")
         data: dict[str, torch.Tensor] = {}
-        texts = [text] if isinstance(text, str) else text
+        texts = [text] if isinstance(text, str) else None if text is None else list(text)
+        for number, one in enumerate(texts or ()):
+            if not isinstance(one, str):
+                raise ValueError(f"text {number} is a string, not {one!r}")
         if images is not None:
             images = list(images) if isinstance(images, (list, tuple)) else [images]
             if texts is not None and len(images) != len(texts):
@@ -134,7 +139,7 @@ class TSCIRProcessor(ProcessorMixin):
             else:
                 data |= self.compose(texts)
                 data |= {"modification_ids": plain["input_ids"], "modification_mask": plain["attention_mask"]}
-        return BatchFeature(data, tensor_type=None if return_tensors is None else return_tensors)
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def pixel_values(self, images: list[ImageSource]) -> torch.Tensor:
         """Pictures as the vision tower reads them, [B, 3, H, W], several in threads.

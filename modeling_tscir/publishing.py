@@ -73,8 +73,9 @@ def write_repository(
         The files written, relative to `folder`.
 
     Raises:
-        ValueError: for results of another model, of a training-free method, or that cannot be read; for a picture
-            that cannot be read; for the reference form of a backbone that is on no Hub.
+        ValueError: for results of another model, of a training-free method, or that cannot be read; for a dataset of a
+            benchmark without results; for a picture or a record of the training that cannot be read; for the reference
+            form of a backbone that is on no Hub.
     """
     folder = Path(folder)
     form = backbone or default_form(model)
@@ -86,6 +87,10 @@ def write_repository(
             f"{config.backbone_revision}); publish in full form, or train on one that is on the Hub"
         )
     read = [read_results(path, model) for path in results]
+    benchmarks = sorted({found["benchmark"] for found in read})
+    if unused := sorted(set(benchmark_datasets or {}) - set(benchmarks)):
+        raise ValueError(f"a dataset is named for {unused}, but results are of {benchmarks or 'no benchmark'}")
+    recorded = training_records(training or model.name_or_path)
     for picture, _ in examples:
         try:
             load_image(picture)
@@ -95,7 +100,6 @@ def write_repository(
     forget_local_paths(folder, known)
     if processor is not None:
         processor.save_pretrained(folder)
-    recorded = training_records(training or model.name_or_path)
     if recorded:
         (folder / "training_arguments.json").write_text(json.dumps(recorded, indent=2), encoding="utf-8")
     widget = []
@@ -170,7 +174,10 @@ def training_records(folder: str | os.PathLike | None) -> dict:
     path = Path(folder or "") / "training_arguments.json"
     if not path.is_file():
         return {}
-    record = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     record |= emissions(path.parent)
     return without_folders(record)
 
@@ -194,7 +201,12 @@ def emissions(folder: Path) -> dict:
     if not path.is_file():
         return {}
     with open(path, encoding="utf-8", newline="") as file:
-        return {"co2_kg": sum(float(row["emissions"]) for row in csv.DictReader(file))}
+        try:
+            return {"co2_kg": sum(float(row["emissions"]) for row in csv.DictReader(file))}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} has no number in column emissions, as codecarbon writes it: {error!r}"
+            ) from error
 
 
 def read_results(path: str | os.PathLike, model) -> dict:
@@ -203,7 +215,10 @@ def read_results(path: str | os.PathLike, model) -> dict:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         fingerprint, method, benchmark = found["model"]["trained_fingerprint"], found["method"], benchmark_of(found)
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise ValueError(f"{path} is no results.json of an evaluation script: {error!r}") from error
+        raise ValueError(
+            f"{path} is no results.json of one evaluation script ({error!r}); eval/run_all.py writes those into a "
+            "folder for each benchmark"
+        ) from error
     if method != "tscir" and model.config.stage > 0:
         raise ValueError(f"{path} has figures of method {method!r}, not of the trained model")
     loaded_in = (None, torch.bfloat16, torch.float16)  # whichever it was evaluated in

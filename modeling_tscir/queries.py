@@ -160,7 +160,8 @@ class QueryMixin:
         Args:
             pixel_values (`torch.Tensor` [B, 3, H, W], *optional*): reference images; else give what was computed from
                 them: `image_embeds` [B, D] with `patch_states` [B, N, d_v], or `pseudo_words` [B, M, d_t].
-            input_ids, pseudo_mask, attention_mask (`torch.Tensor` [B, L]): the prompt with its pseudo-words' places.
+            input_ids, pseudo_mask (`torch.Tensor` [B, L]): the prompt with its pseudo-words' places. `attention_mask`,
+                which the processor gives with them, is not needed: texts end at their first EOS.
             modification_ids, modification_mask (`torch.Tensor` [B, L'], *optional*): the modification alone; needed
                 where there is no mapper or `weight` > 0.
             weight (`float` or `torch.Tensor` [B], *optional*): -1 to 1. Moves the query along the great circle towards

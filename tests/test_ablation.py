@@ -90,6 +90,9 @@ def test_only_the_pools_that_mixtures_take_from_are_made(monkeypatch, tmp_path, 
         ),
         ({"stage1": {"Full": {}, "full": {}}}, r"stage1: \['Full', 'full'\] would share their files, full"),
         ({"measure": "readout", "claims": {"c": ["a", "a", MET]}}, r"claim 'c': .* is none of"),
+        ({"stage1": {"full": None}}, "stage1, 'full': names with what each has, {} for nothing, not None"),
+        ({"runs": None}, "runs: names with what each has"),
+        ({"runs": {"a": None}}, "runs, 'a': names with"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, change, message):

@@ -145,10 +145,6 @@ def test_merging_gives_the_same_and_touches_no_weight(stage2, fashion, query, te
         .isfinite()
         .all()
     )
-    stage2.to(torch.float32)
-    stage2.unmerge_adapter("fashion")
-    with pytest.raises(KeyError):
-        stage2.unmerge_adapter("fashion")
 
 
 def test_concurrent_calls_with_different_adapters(stage2, fashion, processor, picture_folder):

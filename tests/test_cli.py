@@ -145,6 +145,8 @@ def test_an_index_and_its_recall(run, indexed, picture_folder):
         ),
         (["search", "{g}", "--text", "a", "--top-k", "3"], "unrecognized arguments: --top-k 3; did you mean --top_k?"),
         (["index", "{p}", "-o", "{g}", "--dtype", "float32"], "stores float16, not float32"),
+        (["index", "{p}", "-o", "{g}.db", "--dtype", "float16", "--model", "{m}"], "Milvus stores float32"),
+        (["index", "{p}", "-o", "{g}.db", "--index", "Flat", "--model", "{m}"], "Milvus keeps an index of its own"),
     ],
 )
 def test_mistakes_are_one_sentence_each(run, indexed, picture_folder, model_dir, arguments, message):

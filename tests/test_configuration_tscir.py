@@ -38,7 +38,15 @@ def test_openai_end_of_text_id_is_the_last_id():
         {"residual": float("nan")},
         {"soft_alignment_temperature": 0},
         {"mined_negative_weight": -0.1},
+        {"soft_alignment_temperature": float("nan")},
         {"gce_q": 1.1},
+        {"mapper_hidden_size": 0},
+        {"num_injection_heads": 0},
+        {"num_injection_heads": 5},
+        {"lora_rank": 0},
+        {"lora_alpha": 0},
+        {"lora_target_modules": "q_proj"},
+        {"adapters": "fashion"},
     ],
 )
 def test_impossible_choices_are_refused(bad):

@@ -104,6 +104,12 @@ def test_rows_of_a_csv_file_may_end_with_a_comma(tmp_path):
         read_metadata(tmp_path, None, "")
 
 
+def test_rows_without_a_file_name_are_named(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,price\n0.png,10\n,11\n,12\n", "utf-8")
+    with pytest.raises(ValueError, match=r"metadata\.csv: row 1 has no file_name"):
+        read_metadata(tmp_path, None, "")
+
+
 def test_json_lines_as_windows_writes_them(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "price": 1}\n', "utf-8-sig")
     assert read_metadata(tmp_path, None, "").loc["a", "price"] == 1

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -268,6 +269,7 @@ def test_figures_of_another_model_are_refused(stage2, tmp_path):
         (results(stage2) | {"model": other}, "another model"),
         ({"cirr_recall_at_1": 1.0}, "no results.json"),
         ([], "no results.json"),
+        ({"cirr": results(stage2)}, "eval/run_all.py writes those into a folder for each benchmark"),
     ):
         path.write_text(json.dumps(content), "utf-8")
         with pytest.raises(ValueError, match=message):
@@ -294,6 +296,13 @@ def test_the_script_refuses(model_dir, tmp_path, monkeypatch):
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x", "utf-8")
+
+    def damaged(name: str, content: str) -> Path:
+        folder = shutil.copytree(model_dir, tmp_path / name)
+        (folder / "training_arguments.json").write_text("{}", "utf-8")
+        (folder / name).write_text(content, "utf-8")
+        return folder
+
     for arguments, message in (
         ([tmp_path / "none", "--repo_id", "a/b"], "is not a folder"),
         ([model_dir, "--repo_id", "a"], "is user/name"),
@@ -304,6 +313,9 @@ def test_the_script_refuses(model_dir, tmp_path, monkeypatch):
             "results.json",
         ),
         ([model_dir, "--repo_id", "a/b", "--benchmark_dataset", "cirr"], "cirr=owner/name"),
+        ([model_dir, "--repo_id", "a/b", "--benchmark_dataset", "cir=o/n"], r"named for \['cir'\], but .* no bench"),
+        ([damaged("training_arguments.json", "{"), "--repo_id", "a/b"], "training_arguments.json is damaged"),
+        ([damaged("emissions.csv", "co2\n3\n"), "--repo_id", "a/b"], "emissions.csv has no number in column emis"),
     ):
         monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
         with pytest.raises(SystemExit, match=message):

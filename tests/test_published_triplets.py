@@ -193,7 +193,7 @@ def test_what_cannot_be_used_is_named_or_listed(tmp_path, coco, capsys):
     (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
     with pytest.raises(SystemExit, match=r"(?s)0: no modification.*1: modification is no text: \['x'\]"):
         run(tmp_path, "megapairs", tmp_path / "odd.jsonl", "--image_dir", coco)
-    with pytest.raises(SystemExit, match="not of the form of megapairs: .* a record lacks 'q_text'"):
+    with pytest.raises(SystemExit, match="not of the form of megapairs: .* of another form .*'q_text'"):
         run(tmp_path, "megapairs", *flags)
     (tmp_path / "half.jsonl").write_text('{"input": "a", "edit": "b", "output": "c"}\n{"input', "utf-8")
     with pytest.raises(SystemExit, match=r"half\.jsonl, line 2"):
@@ -201,3 +201,14 @@ def test_what_cannot_be_used_is_named_or_listed(tmp_path, coco, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "lasco", tmp_path / "lasco.json")
     assert "--image_dir" in capsys.readouterr().err
+    (tmp_path / "odd.json").write_text('[{"query-image": [1, "a", 2], "target-image": [1, "a"]}]', "utf-8")
+    with pytest.raises(SystemExit, match=r"odd\.json is not of the form of lasco: .*\[COCO id, path\]"):
+        run(tmp_path, "lasco", tmp_path / "odd.json", "--image_dir", coco)
+    for flags, message in (
+        (["--image_dir", coco], "--image_dir is for cc-coir, lasco, megapairs"),
+        (["--keys", "a", "b", "c"], "--keys is for webdataset"),
+        (["--rows_per_file", 0], "--rows_per_file must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path, "rtd", tmp_path / "odd.json", *flags)
+        assert message in capsys.readouterr().err

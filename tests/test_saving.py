@@ -105,6 +105,11 @@ def test_a_processors_mistakes_are_named(processor, pictures):
     with pytest.raises(TypeError, match=r"unknown arguments \['texts'\]"):
         processor(images=pictures[0], texts="red")
     assert processor(images=pictures[0], text="red", padding=True, truncation=True)["input_ids"].shape[0] == 1
+    for asked in ({"padding": "max_length"}, {"truncation": False}):
+        with pytest.raises(ValueError, match="padded to the longest of their batch and cut"):
+            processor(text="red", **asked)
+    with pytest.raises(ValueError, match="text 1 is a string, not None"):
+        processor(text=["red", None])
     with pytest.raises(ValueError, match="num_pseudo_words must be at least 1"):
         TSCIRProcessor(processor.image_processor, processor.tokenizer, num_pseudo_words=0)
 

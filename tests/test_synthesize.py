@@ -133,6 +133,18 @@ def test_limits_of_the_other_kind_of_pairs_are_refused(data, tmp_path, clip_dir,
     assert "--min_similarity is for pairs made without --model_name_or_path" in capsys.readouterr().err
 
 
+def test_flags_that_would_do_nothing_are_refused(data, tmp_path, capsys):
+    for flags, message in (
+        (["--language_model", "m"], "--quality high and --language_model need one another"),
+        (["--endpoint", "http://127.0.0.1:9/v1"], "--endpoint is for --quality high"),
+        (["--attempts", 0], "--attempts is at least 1"),
+        (["--device", "nowhere"], "--device nowhere is not to be had"),
+    ):
+        with pytest.raises(SystemExit):
+            run(data, tmp_path / "out", *flags)
+        assert message in capsys.readouterr().err
+
+
 def test_texts_written_by_a_language_model(data, tmp_path, server, capsys):  # noqa: F811
     server.script = ["no", GOOD]
     flags = ["--quality", "high", "--language_model", "m", "--endpoint", server.url, "--prompt_price", 2]

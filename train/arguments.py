@@ -19,7 +19,9 @@ SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constan
 
 @dataclass
 class LoopArguments:
-    """Names are transformers' TrainingArguments'. Differing defaults: seed 0, mixed_precision by its own name."""
+    """Names are transformers' TrainingArguments', but for mixed_precision and what that has not. Defaults differ in
+    batch size, learning rate and its schedule, weight decay, epochs, seed, and the steps between logs, validations
+    and saves."""
 
     output_dir: str = field(default="", metadata={"help": "Where the trained folder and its checkpoints go."})
     per_device_train_batch_size: int = field(default=256, metadata={"help": "Rows a process takes per step."})

@@ -36,7 +36,10 @@ NAMED_AT_MOST = 10  # of thousands of missing pictures
 def lasco(args: argparse.Namespace) -> Iterator[dict]:
     """LaSCo (Levy et al. 2024): a JSON list of {"query-image": [COCO id, path], "query-text", "target-image"}."""
     for record in read_records(args.annotations):
-        (reference, path), (target, target_path) = record["query-image"], record["target-image"]
+        pictures = [record[name] for name in ("query-image", "target-image")]
+        if any(not isinstance(picture, list) or len(picture) != 2 for picture in pictures):
+            raise TypeError(f"query-image and target-image are [COCO id, path], not {pictures}")
+        (reference, path), (target, target_path) = pictures
         yield {
             "reference": args.image_dir / path,
             "modification": record["query-text"],
@@ -206,7 +209,7 @@ def write_files(args: argparse.Namespace, folder: Path, bad: list[str]) -> int:
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{args.annotations} is not of the form of {args.source}: beyond its first {count} triplets, a record "
-            f"lacks {error}"
+            f"is of another form ({error!r})"
         ) from error
     return count
 
@@ -259,8 +262,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.max_rows is not None and args.max_rows < 1:
         parser.error(f"--max_rows must be at least 1, not {args.max_rows}")
+    if args.rows_per_file is not None and args.rows_per_file < 1:
+        parser.error(f"--rows_per_file must be at least 1, not {args.rows_per_file}")
     if args.source in WITH_IMAGE_DIR and args.image_dir is None:
         parser.error(f"{args.source} needs --image_dir")
+    if args.source not in WITH_IMAGE_DIR and args.image_dir is not None:
+        parser.error(f"--image_dir is for {', '.join(sorted(WITH_IMAGE_DIR))}")
+    if args.source != "webdataset" and args.keys is not None:
+        parser.error("--keys is for webdataset")
     args.rows_per_file = args.rows_per_file or (1_000 if args.source == "webdataset" else 100_000)
     try:
         count, bad = convert(args)

@@ -319,8 +319,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.num_triplets < 1:
         parser.error(f"--num_triplets is at least 1, not {args.num_triplets}")
-    if args.quality == "high" and not args.language_model:
-        parser.error("--quality high needs --language_model")
+    for name in ("attempts", "max_tokens", "workers"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is at least 1, not {getattr(args, name)}")
+    if (args.quality == "high") != bool(args.language_model):
+        parser.error("--quality high and --language_model need one another")
+    if args.endpoint and not args.language_model:
+        parser.error("--endpoint is for --quality high")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} is not to be had: {str(error).splitlines()[0]}")
     for name, (default, _, of_pictures) in LIMITS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
@@ -328,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} is for pairs made {'with' if of_pictures else 'without'} --model_name_or_path")
     try:
         report = synthesize(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(json.dumps(report, indent=2) + f"\nwritten to {args.output_dir}\n")
 
