@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir.backbone import why_not
 from modeling_tscir.embedding import embed_images, embed_queries, embed_texts
 from modeling_tscir.feature_cache import cached, feature_key, file_fingerprints, is_cached, preprocessing_of
 from modeling_tscir.images import find_bad_images, handle_bad_images
@@ -87,7 +88,7 @@ def load_model(args: argparse.Namespace) -> tuple[TSCIRModel, TSCIRProcessor]:
     try:
         plain = AutoConfig.from_pretrained(name).model_type == "clip"
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {name} cannot be read: {error}") from error
+        raise ValueError(f"--model_name_or_path {name} cannot be read: {why_not(name, error)}") from error
     if plain:
         model, processor = (
             TSCIRModel.from_clip_pretrained(name, dtype=dtype),

@@ -124,6 +124,8 @@ def test_what_is_needed_is_asked_for(folder, monkeypatch, capsys, model_dir):
         load_model(parse_arguments(circo.CIRCO, [*flags, "--device", "nonsense"]))
     with pytest.raises(ValueError, match="--model_name_or_path no/such cannot be read"):
         load_model(parse_arguments(circo.CIRCO, [*flags[:4], "--model_name_or_path", "no/such"]))
+    with pytest.raises(ValueError, match="/no/such cannot be read: there is no folder /no/such"):
+        load_model(parse_arguments(circo.CIRCO, [*flags[:4], "--model_name_or_path", "/no/such"]))
     with pytest.raises(ValueError, match="needs one {image}"):
         load_model(parse_arguments(circo.CIRCO, [*flags, "--prompt_template", "a photo of * that {text}"]))
 

@@ -96,7 +96,10 @@ class DataArguments:
     )
     feature_cache_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder that keeps frozen features for the next run on the same data."},
+        metadata={
+            "help": "Folder that keeps frozen features for the next run on the same data; of stage1.py on rows "
+            "that are no stream, and of stage2.py's pictures."
+        },
     )
     feature_batch_size: int = field(default=128, metadata={"help": "Pictures a forward pass of the frozen towers."})
     on_bad_image: str = field(default="error", metadata={"help": "error, or skip: go on without unreadable rows."})
