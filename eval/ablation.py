@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -192,6 +193,7 @@ class Runner:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
         self.stages: dict[Path, Future] = {}
+        self.locks: dict[Path, threading.Lock] = {}
 
     def once(self, folder: Path, work: Callable[[], None]) -> Future:
         """Work that makes `folder`, begun at most once."""
@@ -271,11 +273,15 @@ class Runner:
         # A run that shares another's training waits until that one is done.
         before = trained if owner == name else self.run(owner, grid.runs[owner], grid, seed)
 
+        # Its owner may have its result and no folder any more: those who share it then train it one after the other.
+        alone = self.locks.setdefault(second, threading.Lock())
+
         def work() -> None:
             trained.result(), before.result()
             if "stage2" in run:
                 choices = grid.stage2 | (run["stage2"] or {})
-                self.train(2, first, triplets, second, seed, choices, grid.stage1[form])
+                with alone:
+                    self.train(2, first, triplets, second, seed, choices, grid.stage1[form])
             told = grid.queries | {k: run[k] for k in QUERIES if k in run}
             self.evaluate(told | {"model": str(second if "stage2" in run else first)}, result, grid.measure)
 

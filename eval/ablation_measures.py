@@ -24,7 +24,7 @@ from miniature.scenes import Scene, random_scene
 from miniature.worlds import FURTHER
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_texts
-from modeling_tscir.feature_cache import cached, feature_key, file_fingerprints
+from modeling_tscir.feature_cache import cached, digest, feature_key, file_fingerprints
 from modeling_tscir.images import Selected
 from modeling_tscir.ranking import rank_gallery
 
@@ -182,7 +182,7 @@ def readout_features(output: Path, part: str) -> tuple[torch.Tensor, torch.Tenso
     clip = plain_clip(output)
     scenes = readout_scenes()[part]
     both = cache(lambda: embed_images_with_patches(*clip, pictures(scenes, f"readout {part}")))
-    key = feature_key(*clip, ["readout", part, len(scenes)])
+    key = feature_key(*clip, ["readout", part, digest([scene.key for scene in scenes])])
     embeds = cached(output / "cache", key, lambda: both()[0])
     return embeds, cached(output / "cache", f"{key}-patches", lambda: both()[1])
 

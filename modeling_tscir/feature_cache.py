@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from .backbone import backbone_fingerprint
+from .backbone import fingerprint_of_tensors
 
 
 logger = logging.get_logger(__name__)
@@ -48,16 +48,23 @@ def feature_key(model, processor, content: Sequence) -> str:
     Args:
         content: JSON-like, such as `file_fingerprints` of pictures, or texts.
     """
-    backbone = model.config.backbone_fingerprint or backbone_fingerprint(model.clip)
+    # Of the tensors as they are: those of a checkpoint saved whole may be other than the backbone it was trained with.
+    tensors = model.clip.state_dict().items()
+    backbone = fingerprint_of_tensors({k.replace(".base_layer", ""): v for k, v in tensors if ".lora_" not in k})
     how = [str(model.dtype), architecture_of(model), preprocessing_of(processor), *MADE_BY]
     return digest([backbone, *how, content])
 
 
 def file_fingerprints(files: Sequence[tuple]) -> list[list]:
-    """Path, size and time of change of each file, and what else is given with it (a box that is cut out)."""
+    """Path, size and time of change of each file, and what else is given with it (a box that is cut out); of one that
+    cannot be reached, as a dead link, its path alone."""
     found = []
     for path, *rest in files:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.append([os.path.abspath(path), *rest])
+            continue
         found.append([os.path.abspath(path), status.st_size, status.st_mtime_ns, *rest])
     return found
 

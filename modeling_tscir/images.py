@@ -55,17 +55,18 @@ class BadImagesError(ValueError):
         )
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, turned: bool = True) -> Image.Image:
     """Decode a picture to RGB: EXIF rotation applied, transparency over white, 16 bits scaled to 8, CMYK converted.
 
     Args:
         source: path, http(s) URL, encoded bytes, PIL image, or the {"bytes", "path"} of `datasets`.
+        turned (`bool`): whether EXIF rotation is applied; not where boxes are of the pixels as they are stored.
 
     Raises:
         ValueError: with the reason, for anything that is not a whole picture; decompression bombs are refused.
     """
     with _failures_as_sentences():
-        return to_rgb(_open(source))
+        return to_rgb(_open(source), turned)
 
 
 def load_named(image: ImageSource) -> Image.Image:
@@ -177,9 +178,10 @@ def thumbnail(source: ImageSource, size: int) -> Image.Image:
     return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An opened picture as RGB, as a viewer would show it."""
-    image = _upright(image)
+def to_rgb(image: Image.Image, turned: bool = True) -> Image.Image:
+    """An opened picture as RGB, as a viewer would show it, or not `turned` as its EXIF block says."""
+    if turned:
+        image = _upright(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_8_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

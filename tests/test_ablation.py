@@ -240,6 +240,28 @@ def test_runs_that_are_evaluated_otherwise_share_a_training(tmp_path, monkeypatc
     ]
 
 
+def test_runs_that_share_a_training_never_train_at_once(tmp_path, monkeypatch):
+    """Though their owner has its result already, and its folder is gone."""
+    at_once, most = [], []
+
+    def train(self, stage, start, data, folder, seed, given, inherited):
+        at_once.append(folder)
+        most.append(at_once.count(folder))
+        time.sleep(0.1)
+        at_once.remove(folder)
+
+    monkeypatch.setattr(Runner, "train", train)
+    monkeypatch.setattr(Runner, "evaluate", lambda *given: None)
+    more = {f"more {i}": {"stage1": "full", "stage2": {}, "residual": i} for i in range(3)}
+    grid = Grid(seeds=[0], stage1={"full": {}}, runs={"whole": {"stage1": "full", "stage2": {}}, **more}, claims={})
+    runner = Runner(tmp_path, tmp_path / "results", 4, [])
+    runner.result("whole", 0).parent.mkdir(parents=True)
+    runner.result("whole", 0).write_bytes(b"x")
+    for done in [runner.run(name, run, grid, 0) for name, run in grid.runs.items()]:
+        done.result()
+    assert len(most) == 4 and max(most) == 1
+
+
 def test_another_clip_has_folders_of_its_own(tmp_path, clip_dir, monkeypatch):
     """Its copy goes on with the grid, trains stage I, and what is of another CLIP is refused."""
     output, results = tmp_path / "out", tmp_path / "results"

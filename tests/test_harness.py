@@ -234,7 +234,9 @@ def test_skipped_pictures_leave_queries_that_do_not_need_them(folder, run_script
     records = json.loads(path.read_text("utf-8"))
     path.write_text(json.dumps([*records, records[0] | {"id": 2, "reference_img_id": 5, "gt_img_ids": [100, 42, 9]}]))
     (folder / "COCO2017_unlabeled/unlabeled2017/000000000009.jpg").write_bytes(b"")
-    (folder / "COCO2017_unlabeled/unlabeled2017/000000000023.jpg").write_bytes(b"")
+    dead = folder / "COCO2017_unlabeled/unlabeled2017/000000000023.jpg"
+    dead.unlink()
+    dead.symlink_to("nowhere.jpg")
     flags = ["--data_dir", folder, "--model_name_or_path", model_dir, "--on_bad_image", "skip"]
     results, rankings = run_script(circo.CIRCO, *flags)
     assert results["skipped_images"] == ["23", "9"] and results["circo_num_gallery_images"] == 4

@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRModel, TSCIRProcessor
 from modeling_tscir.adapters import lora_layers
+from modeling_tscir.feature_cache import feature_key
 
 
 def test_a_token_is_used_and_not_kept(clip_dir, monkeypatch):
@@ -125,6 +126,19 @@ def test_a_relative_backbone_is_found_from_elsewhere(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     TSCIRModel.from_pretrained("two")
+
+
+def test_features_are_kept_by_the_tensors_there_are(stage2, processor, tmp_path):
+    """Whatever backbone a whole checkpoint says it was trained with."""
+    key = feature_key(stage2, processor, ["a"])
+    stage2.save_pretrained(tmp_path / "same")
+    assert feature_key(TSCIRModel.from_pretrained(tmp_path / "same"), processor, ["a"]) == key
+    plain = TSCIRModel.from_clip_pretrained(stage2.config.backbone_name_or_path)
+    assert feature_key(plain, processor, ["a"]) == key
+    stage2.bfloat16().save_pretrained(tmp_path / "rounded")
+    rounded = TSCIRModel.from_pretrained(tmp_path / "rounded", dtype=torch.float32)
+    assert rounded.config.backbone_fingerprint == plain.config.backbone_fingerprint
+    assert feature_key(rounded, processor, ["a"]) != key
 
 
 @pytest.mark.parametrize("form", ["full", "reference"])
