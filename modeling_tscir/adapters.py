@@ -192,10 +192,15 @@ class AdapterMixin:
         self._merged[name] = tower.eval().requires_grad_(False)
 
     def train(self, mode: bool = True):
-        """As every module's; merged copies, which training would leave behind, are dropped."""
+        """As every module's, but the frozen towers never drop anything, whatever a CLIP's configuration says; merged
+        copies, which training would leave behind, are dropped."""
+        super().train(mode)
         if mode:
             self._merged.clear()
-        return super().train(mode)
+            self.clip.eval()
+            for layer in lora_layers(self.clip.text_model):
+                layer.train()
+        return self
 
     def load_state_dict(self, *args, **kwargs):
         """As every module's; merged copies, which would keep the weights from before, are dropped."""

@@ -147,7 +147,12 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
     def encode_image(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v(x) [B, D], L2-normalised, and P(x) [B, N, d_v], the last hidden states without CLS, in one pass."""
         features, patch_states = self._project(pixel_values)
-        return F.normalize(features, dim=-1), patch_states
+        return self._normalised(features), patch_states
+
+    def _normalised(self, features: torch.Tensor) -> torch.Tensor:
+        """L2-normalised in fp32, whatever precision they were computed in: a norm that is rounded to bf16 moves every
+        similarity of its row."""
+        return F.normalize(features.float(), dim=-1).to(self.dtype)
 
     def _project(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         output = self.clip.vision_model(pixel_values=pixel_values)
@@ -170,7 +175,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
     def encode_reference(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """v(x) [B, D], L2-normalised, and the images' pseudo-words [B, M, d_t], None without a mapper."""
         features, patch_states = self._project(pixel_values)
-        image_embeds = F.normalize(features, dim=-1)
+        image_embeds = self._normalised(features)
         if self.mapper is None:
             return image_embeds, None
         return image_embeds, self.mapper(features if self.config.mapper_input == "raw" else image_embeds, patch_states)

@@ -127,7 +127,7 @@ class QueryMixin:
         states = embed_words(tower, input_ids, pseudo_mask, pseudo_words, places, ends)
         with nullcontext() if merged is not None else composing(tower, adapter):
             pooled = self.run_layers(tower, *states, ends)
-        return F.normalize(self.clip.text_projection(pooled), dim=-1)
+        return self._normalised(self.clip.text_projection(pooled))
 
     def _first_eos(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Places [B] where texts end. Raises `ValueError` for a text without an end, as of another tokenizer."""

@@ -2,15 +2,17 @@
 
 import errno
 import os
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stage1 as stage1_script
 import stage2 as stage2_script
 import torch
 from accelerate import Accelerator
-from checkpoints import find_checkpoint, list_checkpoints
+from checkpoints import find_checkpoint, list_checkpoints, save_checkpoint
 from conftest import same
 
 from modeling_tscir import TSCIRModel
@@ -57,6 +59,20 @@ def test_a_full_disk_stops_a_run_and_keeps_the_last_good_checkpoint(launch, clip
     monkeypatch.undo()
     flags += ["--resume_from_checkpoint", "latest"]
     assert same(whole, launch(stage1_script, clip_dir, tmp_path / "full", *flags))
+
+
+def test_the_checkpoint_just_written_stays_beside_later_ones(launch, clip_dir, tmp_path):
+    """Which are there where a run goes on from an earlier one."""
+    flags = ["--max_steps", 6, "--save_steps", 2, "--save_total_limit", 0]
+    launch(stage1_script, clip_dir, tmp_path / "out", *flags)
+    for limit, kept in ((1, [3]), (2, [3, 4])):
+        shutil.copytree(tmp_path / "out", tmp_path / f"out-{limit}")
+        accelerator = SimpleNamespace(
+            is_main_process=True, wait_for_everyone=lambda: None, save_state=lambda folder: Path(folder).mkdir()
+        )
+        saved = save_checkpoint(accelerator, str(tmp_path / f"out-{limit}"), 3, limit)
+        assert saved.is_dir()
+        assert [int(p.name.split("-")[1]) for p in list_checkpoints(str(tmp_path / f"out-{limit}"))] == kept
 
 
 def test_an_interrupt_behind_a_checkpoint_does_not_write_it_again(launch, clip_dir, tmp_path, monkeypatch):

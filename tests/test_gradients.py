@@ -54,6 +54,23 @@ def test_cached_gradients_are_those_of_the_whole_batch(objective, batch, chunk):
         torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("asked", ["no", "bf16"])
+def test_frozen_features_are_in_the_precision_that_was_asked_for(objective, batch, monkeypatch, asked):
+    monkeypatch.setattr("gradients.bf16_is_fast", lambda device: True)
+    found, frozen = [], objective.frozen
+
+    def watched(part):
+        found.append(torch.is_autocast_enabled("cpu"))
+        return frozen(part)
+
+    monkeypatch.setattr(objective, "frozen", watched)
+    accelerator = SimpleNamespace(
+        mixed_precision=asked, unwrap_model=lambda x: x, autocast=torch.enable_grad, backward=lambda loss: None
+    )
+    backward(accelerator, objective, batch, 0)
+    assert found == [asked == "bf16"]
+
+
 @pytest.mark.parametrize(
     "able, fast",
     [

@@ -2,7 +2,7 @@ import lincir_style
 import pytest
 import searle_style
 import torch
-from lincir_style import Captions, LincirObjective, masked
+from lincir_style import Captions, LincirObjective, masked, most_runs
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 
@@ -19,7 +19,15 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor
     ],
 )
 def test_content_words_become_places(caption, content):
-    assert masked(caption) == content
+    assert masked(caption, 99) == content
+
+
+def test_a_caption_of_more_places_than_the_tower_reads_keeps_its_later_words(bare):
+    assert (
+        most_runs(bare) == 37 and masked("red and " * 9, 2) == [None, " and", None, " and" + " red and" * 7, " "][:4]
+    )
+    batch = bare.compose_contents([masked("red and " * 50, most_runs(bare))])
+    assert batch["pseudo_mask"].sum() == 74 and batch["input_ids"].shape[1] <= 77
 
 
 @pytest.fixture

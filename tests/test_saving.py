@@ -9,6 +9,7 @@ from transformers import AutoModel
 
 from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRModel, TSCIRProcessor
 from modeling_tscir.adapters import lora_layers
+from modeling_tscir.embedding import embed_images, embed_images_with_patches
 from modeling_tscir.feature_cache import feature_key
 
 
@@ -95,7 +96,36 @@ def test_what_is_added_to_a_model_is_in_its_mode(clip_dir):
     model.add_adapters()
     assert not any(module.training for module in model.modules())
     assert list(lora_layers(model.clip.text_model))
+    model.train()
+    assert model.mapper.training and all(layer.training for layer in lora_layers(model.clip.text_model))
     assert not model.supports_gradient_checkpointing
+
+
+@torch.no_grad()
+def test_a_clip_that_names_dropout_is_frozen_all_the_same(clip, processor, pictures, tmp_path):
+    for part in (clip.config.text_config, clip.config.vision_config):
+        part.attention_dropout = 0.5
+    clip.save_pretrained(tmp_path)
+    model = TSCIRModel.from_clip_pretrained(tmp_path).train()
+    pixels, texts = processor.pixel_values(pictures), processor(text=["red", "a blue one"])
+    for one, other in zip(model.encode_image(pixels), model.encode_image(pixels), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(model.get_text_features(**texts), model.get_text_features(**texts))
+
+
+@torch.no_grad()
+def test_what_is_computed_in_bf16_is_normalised_in_fp32(stage2, processor, composed, pictures):
+    pixels = processor.pixel_values(pictures)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [stage2.encode_image(pixels)[0], stage2.encode_reference(pixels)[0]]
+        found += [stage2.encode_query_parts(composed["input_ids"], composed["pseudo_mask"], torch.randn(2, 2, 32))[0]]
+        alone, with_patches = (
+            embed_images(stage2, processor, pictures),
+            embed_images_with_patches(stage2, processor, pictures),
+        )
+    for embeds in found:
+        torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(len(embeds)), atol=1e-6, rtol=0)
+    assert torch.equal(alone, with_patches[0])
 
 
 def test_a_processors_mistakes_are_named(processor, pictures):

@@ -21,7 +21,7 @@ def test_inversion_makes_sentences_read_as_pictures_and_captions(stage0, bare, p
 
     @torch.no_grad()
     def similarities(words: torch.Tensor) -> list[float]:
-        prompts = [["a photo of", None] for _ in captions], [masked(caption) for caption in captions]
+        prompts = [["a photo of", None] for _ in captions], [masked(caption, 9) for caption in captions]
         made = [read(stage0, bare.compose_contents(prompt), words) for prompt in prompts]
         return [float((m * t).sum(-1).mean()) for m, t in zip(made, targets, strict=True)]
 

@@ -134,7 +134,9 @@ def test_a_run_does_not_go_on_from_another_model(launch, clip_dir, stage1, proce
 def test_a_loss_that_is_no_number_ends_a_run_and_keeps_what_was_good(launch, clip_dir, tmp_path):
     flags = ["--learning_rate", 1e9, "--max_steps", 9, "--warmup_steps", 3, "--save_steps", 1]
     flags += ["--lr_scheduler_type", "constant_with_warmup", "--max_grad_norm", 0]
-    with pytest.raises(ValueError, match=r"loss of step \d is nan: nothing is written.*--learning_rate"):
+    with pytest.raises(
+        ValueError, match=r"(loss|gradient's norm) of step \d is (nan|inf): nothing is written.*--learning_rate"
+    ):
         launch(stage1_script, clip_dir, tmp_path / "a", *flags)
     assert not (tmp_path / "a/tscir_delta.safetensors").exists()
     kept = sorted((tmp_path / "a").glob("checkpoint-*"))

@@ -139,7 +139,10 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)  # of before, where an earlier one was gone on from
         os.replace(aside, final)
-        for old in list_checkpoints(output_dir)[:-limit] if limit > 0 else []:
+        # Later ones too, where an earlier was gone on from.
+        # Later ones too, where an earlier was gone on from.
+        others = [path for path in list_checkpoints(output_dir) if path != final]
+        for old in others[: max(0, len(others) - limit + 1)] if limit > 0 else []:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final

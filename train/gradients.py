@@ -79,7 +79,8 @@ def backward(
     inner = accelerator.unwrap_model(objective)
     size = len(next(iter(batch.values())))
     starts = range(0, size, chunk or size)
-    parts = [inner.frozen({k: v[start : start + (chunk or size)] for k, v in batch.items()}) for start in starts]
+    with bf16_where_fast(inner.device, asked=accelerator.mixed_precision != "no"):
+        parts = [inner.frozen({k: v[start : start + (chunk or size)] for k, v in batch.items()}) for start in starts]
     features = parts[0] if len(parts) == 1 else {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     if len(parts) == 1:
         torch.manual_seed(seed)
@@ -146,4 +147,5 @@ def compile_towers(model: TSCIRModel, backend: str = "inductor") -> None:
 def precision(model: TSCIRModel) -> str:
     """What frozen features are computed in, as things stand: autocast's type, or the model's own."""
     device = model.device.type
-    return str(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype)
+    found = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return str(found) if found == torch.float32 else f"{found}, normalised in fp32"  # which was not so before

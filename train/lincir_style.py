@@ -37,8 +37,8 @@ class LincirArguments:
             raise ValueError(f"--noise_scale must not be negative, but is {self.noise_scale}")
 
 
-def masked(caption: str) -> list[str | None]:
-    """The caption with None for each run of content words; at least one."""
+def masked(caption: str, most: int) -> list[str | None]:
+    """The caption with None for each run of content words, of the first `most` of them; at least one."""
     content: list[str | None] = []
     end = 0
     for word in WORD.finditer(caption):
@@ -47,6 +47,7 @@ def masked(caption: str) -> list[str | None]:
         is_content = word.group().lower() not in FUNCTION_WORDS
         if is_content and content and content[-1] is None and not between.strip():
             continue
+        is_content = is_content and content.count(None) < most
         if is_content:
             content += [between, None] if between.strip() else [None]
         elif content and content[-1] is not None:
@@ -58,11 +59,16 @@ def masked(caption: str) -> list[str | None]:
     return content if None in content else [None, *content]
 
 
+def most_runs(processor: TSCIRProcessor) -> int:
+    """How many times pseudo-words fit into what the text tower reads, where prompts have no words of their own."""
+    return (processor.max_length - 2) // processor.num_pseudo_words
+
+
 class Captions(torch.utils.data.Dataset):
     """Captions as embeddings [B, D] and as prompts: {"caption_embeds", "input_ids" and "pseudo_mask" [B, L]}."""
 
     def __init__(self, captions: list[str], model: TSCIRModel, processor: TSCIRProcessor):
-        self.contents = [masked(caption) for caption in captions]
+        self.contents = [masked(caption, most_runs(processor)) for caption in captions]
         self.embeds = embed_texts(model, processor, captions, progress="captions")
         self.processor = processor
 

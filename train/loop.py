@@ -200,7 +200,9 @@ def train(
         log.step(progress.step, scheduler.get_last_lr()[0])
         saving = progress.step == total or (args.save_steps and progress.step % args.save_steps == 0)
         if saving or progress.step % args.logging_steps == 0:
-            refuse_what_is_no_number(terms["loss"], progress.step)
+            refuse_what_is_no_number("loss", terms["loss"], progress.step)
+            if accelerator.scaler is None:  # which would have left such a step out
+                refuse_what_is_no_number("gradient's norm", terms["gradient_norm"], progress.step)
         if validation is not None and (progress.step % args.eval_steps == 0 or progress.step == total):
             with accelerator.autocast():
                 values = validation()
@@ -236,12 +238,12 @@ def train(
     accelerator.end_training()
 
 
-def refuse_what_is_no_number(loss: torch.Tensor, step: int) -> None:
-    """Raise `ValueError` for a loss, the same in all processes, that training cannot come back from."""
-    if not torch.isfinite(loss):
+def refuse_what_is_no_number(what: str, value: torch.Tensor, step: int) -> None:
+    """Raise `ValueError` for a loss or a gradient that training cannot come back from."""
+    if not torch.isfinite(value):
         raise ValueError(
-            f"the loss of step {step} is {loss.item()}: nothing is written, and checkpoints from before stay; lower "
-            "--learning_rate, or train in fp32 or bf16"
+            f"the {what} of step {step} is {value.item()}: nothing is written, and checkpoints from before stay; "
+            "lower --learning_rate, or train in fp32 or bf16"
         )
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from arguments import DataArguments, LoopArguments, parse_arguments, run_as_script
 from gradients import Objective, gather_with_gradient
-from lincir_style import masked, plain_start
+from lincir_style import masked, most_runs, plain_start
 from loop import make_accelerator, train
 from rows import RowBatches, load_rows
 from tqdm.auto import tqdm
@@ -68,7 +68,7 @@ def invert(
         wanted = [embeds[rows].to(model.device) for embeds in (image_embeds, caption_embeds)]
         prompts = [
             processor.compose_contents([["a photo of", None] for _ in rows]),
-            processor.compose_contents([masked(captions[i]) for i in rows]),
+            processor.compose_contents([masked(captions[i], most_runs(processor)) for i in rows]),
         ]
         for _ in range(args.inversion_steps):
             image_loss, caption_loss = (

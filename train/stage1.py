@@ -150,14 +150,13 @@ class Stage1Objective(Objective):
     def frozen(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """v(x) [B, D], P(x) [B, N, d_v] (bf16) where the mapper needs them, and u(c) [B, D]."""
         features = {k: v for k, v in batch.items() if k in ("image_embeds", "patch_states", "caption_embeds")}
-        with bf16_where_fast(self.device):
-            if "pixel_values" in batch:
-                features["image_embeds"], patches = self.model.encode_image(batch["pixel_values"].to(self.model.dtype))
-                if self.model.mapper.needs_patches:
-                    features["patch_states"] = patches.bfloat16()
-            if "input_ids" in batch:
-                texts = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
-                features["caption_embeds"] = F.normalize(texts.float(), dim=-1)
+        if "pixel_values" in batch:
+            features["image_embeds"], patches = self.model.encode_image(batch["pixel_values"].to(self.model.dtype))
+            if self.model.mapper.needs_patches:
+                features["patch_states"] = patches.bfloat16()
+        if "input_ids" in batch:
+            texts = self.model.get_text_features(batch["input_ids"], batch["attention_mask"])
+            features["caption_embeds"] = F.normalize(texts.float(), dim=-1)
         return features
 
     def forward(self, features: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -206,7 +205,7 @@ def main() -> None:
     prepare = stream_data if args.streaming else row_data
     with bf16_where_fast(model.device, asked=loop.mixed_precision == "bf16"):
         batches, held_out = prepare(accelerator, model, processor, loop, data, args)
-    validation = Validation(objective, *held_out) if held_out and accelerator.is_main_process else None
+        validation = Validation(objective, *held_out) if held_out and accelerator.is_main_process else None
     train(accelerator, objective, model, processor, batches, loop, vars(data) | vars(args), validation)
 
 
