@@ -140,7 +140,6 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
         shutil.rmtree(final, ignore_errors=True)  # of before, where an earlier one was gone on from
         os.replace(aside, final)
         # Later ones too, where an earlier was gone on from.
-        # Later ones too, where an earlier was gone on from.
         others = [path for path in list_checkpoints(output_dir) if path != final]
         for old in others[: max(0, len(others) - limit + 1)] if limit > 0 else []:
             shutil.rmtree(old)
