@@ -20,7 +20,7 @@ from miniature.compare import CLIP, SHOWN
 
 
 GRIDS = ["components", "paper", "queries", "alternatives", "number", "quality", "baselines", "readout", "forgetting",
-         "tasks", "choices", "second_clip"]  # fmt: skip
+         "tasks", "choices", "bare_prompts", "second_clip"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRIDS)
