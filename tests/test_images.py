@@ -196,6 +196,9 @@ def test_folders(picture_folder, tmp_path):
         list_images(tmp_path / "none")
     with pytest.raises(ValueError, match="not a folder"):
         list_images(tmp_path / "gone")
+    (picture_folder / "itself").symlink_to("itself")
+    with pytest.raises(ValueError, match="itself cannot be read: Too many levels"):
+        list_images(picture_folder)
 
 
 def test_numbers_that_are_none_are_black(tmp_path):
