@@ -30,10 +30,11 @@ from ablation_report import collect, report, summarise
 from ablation_tasks import TASKS
 
 from modeling_tscir import TSCIRConfig
+from modeling_tscir.processing_tscir import IMAGE_TEMPLATE, PROMPT_TEMPLATE
 
 
 MEASURES = {"retrieval": RETRIEVAL, "readout": READOUT, "forgetting": FORGETTING, "tasks": TASKS}
-DEFAULTS = TSCIRConfig().to_dict()
+DEFAULTS = TSCIRConfig().to_dict() | {"image_template": IMAGE_TEMPLATE, "prompt_template": PROMPT_TEMPLATE}
 # On the plain CLIP, instead of the two stages, and what each may be given.
 METHODS = {
     "image": set(),

@@ -30,7 +30,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="tscir: how much of what pseudo-words leave out of their picture is added to queries (the model's own)",
     )
-    parser.add_argument("--prompt_template", help='of composed queries; "a photo of {image} that {text}" by default')
+    parser.add_argument("--prompt_template", help="of composed queries; the model's own unless told")
     parser.add_argument(
         "--preprocessing",
         default="model",

@@ -12,6 +12,7 @@ from .images import ImageSource, load_named, middle, pad_to_aspect_ratio
 
 logger = logging.get_logger(__name__)
 MAX_LENGTH = 77
+PROMPT_TEMPLATE, IMAGE_TEMPLATE = "{image} {text}", "{image}"
 
 
 class TSCIRProcessor(ProcessorMixin):
@@ -21,7 +22,8 @@ class TSCIRProcessor(ProcessorMixin):
         image_processor (`CLIPImageProcessorPil`): CLIP's own.
         tokenizer (`CLIPTokenizer`): CLIP's own; no token is added to it.
         num_pseudo_words (`int`): M, how many places `{image}` takes.
-        prompt_template (`str`): of composed queries, with one `{image}` and one `{text}` after it.
+        prompt_template (`str`): of composed queries, with one `{image}` and one `{text}` after it. By default they
+            have no words of their own; the field's usual prompt is "a photo of {image} that {text}".
         image_template (`str`): of an image alone, with one `{image}`; stage I and empty modifications use it.
         padded_aspect_ratio (`float`, *optional*): pictures longer than this for their width, or wider than this for
             their height, are first padded with black to it: 1 pads every picture to a square, 1.25 is the target
@@ -33,8 +35,8 @@ class TSCIRProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         num_pseudo_words: int = 4,
-        prompt_template: str = "a photo of {image} that {text}",
-        image_template: str = "a photo of {image}",
+        prompt_template: str = PROMPT_TEMPLATE,
+        image_template: str = IMAGE_TEMPLATE,
         padded_aspect_ratio: float | None = None,
         **kwargs,
     ):
@@ -199,7 +201,7 @@ class TSCIRProcessor(ProcessorMixin):
         """Prompts with several pictures and texts in any order, as `compose` gives them.
 
         One picture and then at most one text are what `compose` makes of them. Other contents stand as they are given
-        behind the beginning of the prompt: "a photo of {image} in the colour of {image}".
+        behind the beginning of the prompt, such as "a photo of", if it has one.
 
         Args:
             contents: for each query its texts, and None for each picture, of which there is at least one.

@@ -130,6 +130,7 @@ def convert(
         clip,
         num_pseudo_words=1,
         prompt_template=known.prompt_template,
+        image_template="a photo of {image}",
         padded_aspect_ratio=known.padded_aspect_ratio,
         **({"revision": revision} if revision else {}),
     )

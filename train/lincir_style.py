@@ -120,12 +120,9 @@ def plain_start(data: DataArguments, num_pseudo_words: int) -> tuple[TSCIRModel,
     choices = {"num_pseudo_words": num_pseudo_words, "num_injection_blocks": 0, "soft_alignment_weight": 0.0}
     choices |= {"residual": 0.0, "composed_weight": 0.0}  # queries as published
     model = TSCIRModel.from_clip_pretrained(clip, **choices)
-    processor = TSCIRProcessor.from_clip_pretrained(clip, num_pseudo_words)
-    return (
-        model,
-        processor,
-        TSCIRProcessor.from_clip_pretrained(clip, num_pseudo_words, prompt_template="{image} {text}"),
-    )
+    words = {"image_template": "a photo of {image}", "prompt_template": "a photo of {image} that {text}"}
+    processor, bare = (TSCIRProcessor.from_clip_pretrained(clip, num_pseudo_words, **kept) for kept in (words, {}))
+    return model, processor, bare
 
 
 def main() -> None:

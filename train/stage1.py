@@ -26,6 +26,10 @@ from modeling_tscir.embedding import TEXTS_A_BATCH, embed_images, embed_images_w
 from modeling_tscir.feature_cache import feature_key, picture_name, pictures_digest
 from modeling_tscir.images import load_image
 from modeling_tscir.losses import info_nce_loss, soft_alignment_loss
+from modeling_tscir.processing_tscir import IMAGE_TEMPLATE, PROMPT_TEMPLATE
+
+
+TEMPLATES = "image_template", "prompt_template"  # the processor's, not the model's
 
 
 @dataclass
@@ -57,11 +61,15 @@ class Stage1Arguments:
         default=None, metadata={"help": "How far the trained model's queries stand towards the text."}
     )
     image_template: str = field(
-        default="a photo of {image}", metadata={"help": "The sentence that pseudo-words are trained in."}
+        default=IMAGE_TEMPLATE, metadata={"help": "The sentence that pseudo-words are trained in."}
+    )
+    prompt_template: str = field(
+        default=PROMPT_TEMPLATE,
+        metadata={"help": "Of the trained model's composed queries, and of stage II unless it is told another."},
     )
 
     def choices(self) -> dict:
-        others = {"image_column", "caption_column", "streaming", "shuffle_buffer_size", "image_template"}
+        others = {"image_column", "caption_column", "streaming", "shuffle_buffer_size", *TEMPLATES}
         return {k: v for k, v in vars(self).items() if k not in others and v is not None}
 
 
@@ -197,7 +205,7 @@ def main() -> None:
     accelerator = make_accelerator(loop)
     model = TSCIRModel.from_clip_pretrained(data.model_name_or_path, **args.choices())
     processor = TSCIRProcessor.from_clip_pretrained(
-        data.model_name_or_path, model.config.num_pseudo_words, image_template=args.image_template
+        data.model_name_or_path, model.config.num_pseudo_words, **{name: getattr(args, name) for name in TEMPLATES}
     )
     model.add_mapper()
     model.to(accelerator.device)

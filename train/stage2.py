@@ -59,9 +59,7 @@ class Stage2Arguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Which projections have them: q_proj k_proj v_proj out_proj fc1 fc2."}
     )
-    prompt_template: str | None = field(
-        default=None, metadata={"help": 'Of composed queries, "a photo of {image} that {text}" unless told.'}
-    )
+    prompt_template: str | None = field(default=None, metadata={"help": "Of composed queries; stage I's unless told."})
     reference_negative_weight: float | None = field(
         default=None, metadata={"help": "Own reference as a negative; 0 is off."}
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from clip_shapes import SHAPES
-from setting import Setting, with_ids_of  # a neighbour, which puts train/ and eval/ on the path
+from setting import PROMPTS, Setting, with_ids_of  # a neighbour, which puts train/ and eval/ on the path
 
 
 # isort: split
@@ -46,7 +46,7 @@ def build(shape: str, stage: int, device: str, dtype: torch.dtype) -> tuple[TSCI
     config = TSCIRConfig(clip_config=with_ids_of(CLIP, SHAPES[shape]), stage=stage)
     with torch.device(device):
         model = TSCIRModel(config).to(dtype)
-    return model.eval(), TSCIRProcessor.from_clip_pretrained(CLIP, config.num_pseudo_words)
+    return model.eval(), TSCIRProcessor.from_clip_pretrained(CLIP, config.num_pseudo_words, **PROMPTS)
 
 
 def stage1_step(setting: Setting, device: str, chunk: int, cached: bool = False) -> Step:

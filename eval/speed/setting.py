@@ -19,6 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "train"), str(ROOT / "eval")]
 from modeling_tscir import TSCIRModel, TSCIRProcessor  # noqa: E402  (found on the path just set)
 
 
+# The field's own, as the peers have them: ours have no words by default, and are the shorter for it.
+PROMPTS = {"image_template": "a photo of {image}", "prompt_template": "a photo of {image} that {text}"}
 WORDS = [
     "a",
     "the",
@@ -93,7 +95,7 @@ class Setting:
             model.add_mapper()
         if stage == 2:
             model.add_adapters()
-        return model.eval(), TSCIRProcessor.from_clip_pretrained(self.clip)
+        return model.eval(), TSCIRProcessor.from_clip_pretrained(self.clip, **PROMPTS)
 
     def embeds(self, count: int, seed: int = 0) -> torch.Tensor:
         width = SHAPES[self.shape].projection_dim
