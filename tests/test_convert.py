@@ -90,6 +90,7 @@ def test_a_converted_folder_gives_the_peers_pseudo_words_and_queries(
     found = embed_queries(model, processor, pictures, [0, 1, 2], ["red"] * 3)
     torch.testing.assert_close(found, text / text.norm(dim=-1, keepdim=True), atol=1e-5, rtol=1e-5)
     assert processor.padded_aspect_ratio == (1.25 if name == "searle" else None)
+    assert processor.image_template == "a photo of {image}"
     with pytest.raises(SystemExit, match="out holds a model, which this run would write over"):
         convert.main()
 
