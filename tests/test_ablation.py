@@ -208,6 +208,10 @@ def test_a_folder_of_another_training_is_not_taken_for_this_one(tmp_path):
     for other in ({"lora_rank": 2}, {}):  # neither for one with other defaults
         with pytest.raises(ValueError, match=r"was trained with \{'lora_rank': 4\}, not"):
             runner.train(2, tmp_path, tmp_path, tmp_path / "stage2", 0, other, {})
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1/training_arguments.json").write_text('{"image_template": "a photo of {image}"}', "utf-8")
+    with pytest.raises(ValueError, match=r"was trained with \{'image_template': 'a photo of \{image\}'\}, not"):
+        runner.train(1, tmp_path, tmp_path, tmp_path / "stage1", 0, {}, {})
 
 
 def test_runs_that_are_evaluated_otherwise_share_a_training(tmp_path, monkeypatch):

@@ -59,7 +59,11 @@ def test_stage_two_goes_on_from_stage_two(launch, stage1_folder, tmp_path, capsy
 
 def test_prompts_and_where_adapters_are_can_be_chosen(launch, clip_dir, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    launch(stage1_script, clip_dir, one, "--max_steps", 2, "--image_template", "that {image}")
+    prompts = ["--image_template", "that {image}", "--prompt_template", "{image} , {text}"]
+    launch(stage1_script, clip_dir, one, "--max_steps", 2, *prompts)
+    assert TSCIRProcessor.from_pretrained(one).prompt_template == "{image} , {text}"
+    launch(stage2_script, one, two / "kept", "--max_steps", 2)
+    assert TSCIRProcessor.from_pretrained(two / "kept").prompt_template == "{image} , {text}"
     changed = ["--lora_target_modules", "q_proj", "fc1", "--prompt_template", "{image} that {text}"]
     trained = launch(stage2_script, one, two, "--max_steps", 2, *changed)
     assert {k.split(".")[-4] for k in trained if "lora_A" in k} == {"q_proj", "fc1"}
