@@ -196,7 +196,7 @@ def prepare_readout(output: Path, results: Path) -> None:
 
 @torch.no_grad()
 def pseudo_sentences(model: TSCIRModel, processor: TSCIRProcessor, embeds: torch.Tensor, patches: torch.Tensor):
-    """q(x) [N, D], what the text tower reads in "a photo of" and the pseudo-words."""
+    """q(x) [N, D], what the text tower reads in an image's prompt, its pseudo-words alone unless told."""
     prompt, found = processor.compose([""]), []
     for words in pseudo_words(model, embeds, lambda: patches).split(256):
         ids, mask = (prompt[name].to(model.device).expand(len(words), -1) for name in ("input_ids", "pseudo_mask"))

@@ -170,8 +170,8 @@ class QueryMixin:
                 `config.composed_weight`, but 0 for queries of several references or without a text.
             residual (`float` or `torch.Tensor` [B], *optional*): how much of what pseudo-words leave out of their
                 picture, v(x) - q(x), is added to the query, before `weight` moves it; 0 is nothing, and
-                `config.residual` what is taken unless told. q(x) is the query's own prompt up to its pseudo-words,
-                "a photo of S*". Queries of several references have none.
+                `config.residual` what is taken unless told. q(x) is the query's own prompt up to its pseudo-words.
+                Queries of several references have none.
             image_counts (`list[int]`, *optional*): how many references each query has, where it is not one each. What
                 is given of references then has a row for each of them, in order; for `weight`, and without a mapper,
                 a query's reference is the mean of its references.

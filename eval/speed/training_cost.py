@@ -20,7 +20,7 @@ from modeling_tscir import TSCIRConfig, TSCIRModel
 PEAK = 989e12  # dense bf16 operations a second of an H100 SXM, by its data sheet
 SHARE_OF_PEAK = 0.4  # assumed
 DECODED = 120  # photos of 400 x 711 a second that one worker decodes and resizes, measured on a Xeon core
-# Of a prompt's own, four pseudo-words and what follows: "a photo of", which all begin with, is computed once a step.
+# Of a prompt's own, four pseudo-words and what follows: what all begin with is computed once a step.
 PROMPT_TOKENS = {1: 5, 2: 20}
 CAPTION_TOKENS = 16
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"
