@@ -203,11 +203,10 @@ def training_section(config, recorded: dict) -> str:
     if not stages:
         return "## Training\n\nThe folder that was published holds no record of its training.\n"
     lines = ["## Training\n"]
-    offset = config.stage - len(stages)
-    for number, stage in enumerate(stages, start=1 + max(0, offset)):
+    for stage in stages:
         acted = [name for name in SHOWN if name != "num_train_epochs" or stage.get("max_steps", -1) <= 0]
         shown = [f"{name} {stage[name]}" for name in acted if stage.get(name) not in (None, -1)]
-        lines.append(f"Stage {'I' * number}: {', '.join(shown)}.")
+        lines.append(f"Stage {'II' if 'modification_column' in stage else 'I'}: {', '.join(shown)}.")
         if "hours" in stage:
             lines.append(f"{stage['hours']:.2f} hours on {stage['hardware']}.")
         if stage.get("skipped_images"):

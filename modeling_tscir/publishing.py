@@ -134,9 +134,16 @@ def upload_repository(
 
     Returns:
         `huggingface_hub`'s CommitInfo.
+
+    Raises:
+        ValueError: if `private` and the repository is there already and public.
     """
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(
+            f"{repo_id} is there already, and public: nothing was uploaded; make it private there, or name another"
+        )
     if revision is not None and not create_pr:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     here = {str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()}

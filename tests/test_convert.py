@@ -147,6 +147,11 @@ def test_what_is_no_such_checkpoint_is_refused(clip_dir, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot be read as tensors alone: "):
         convert.read_mapper(path, searle)
     content = published("searle")
+    content["Phi"]["layers.0.weight"] = content["Phi"]["layers.0.weight"][0]
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"'layers\.0\.weight' is of shape \(\d+,\), unlike a linear layer's"):
+        convert.read_mapper(path, searle)
+    content = published("searle")
     content["Phi"]["layers.3.bias"][0] = float("nan")
     torch.save(content, path)
     with pytest.raises(ValueError, match=r"'layers\.3\.bias' is no tensor of finite numbers"):

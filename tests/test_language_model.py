@@ -75,8 +75,11 @@ def write(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "answer", [GOOD, f"Sure!\n```json\n{GOOD}\n```", '{"modification": "  make\\n it red "}', f"{GOOD} Anything else?"]
-)
+    "answer",
+    [GOOD, f"Sure!\n```json\n{GOOD}\n```", '{"modification": "  make\\n it red "}', f"{GOOD} Anything else?",
+     f'<think>They want {{"modification": "..."}}, of the set {{red, blue}}.</think>{GOOD}',
+     f'{{"modification": "make it blue"}} No, rather: {GOOD}', f'{GOOD} as {{"modification": "..."}}'],
+)  # fmt: skip
 def test_modifications_are_found_in_answers(answer):
     assert parse_modification(answer) == "make it red"
 
@@ -84,6 +87,7 @@ def test_modifications_are_found_in_answers(answer):
 @pytest.mark.parametrize(
     "answer",
     ["I cannot help with that.", "", "{}", '{"modification": 3}', '{"modification": " "}', "{broken", '["x"]',
+     '{"modification": "..."}', '{"a":' * 5000,
      json.dumps({"modification": "word " * 41}), '{"modification": "half an emoji \\ud83d"}'],
 )  # fmt: skip
 def test_unusable_answers_are_refused(answer):
@@ -134,6 +138,35 @@ def test_a_model_that_never_writes_anything_usable_is_not_paid_to_the_end(server
     assert len(server.requests) <= 12
     found, _ = write(["No.", "No.", "No.", "No.", "No.", GOOD, "No.", "No.", "No.", "No.", GOOD], 12, attempts=1)
     assert [text is None for text in found] == [True] * 5 + [False] + [True] * 4 + [False] * 2
+
+
+def test_pairs_that_were_refused_among_others_do_not_stop_the_run_that_goes_on(server, write, monkeypatch):
+    """They are asked again, while what was written between them comes from the cache."""
+    monkeypatch.setattr("language_model.HOPELESS", 3)
+    found, _ = write(["No.", GOOD] * 5, pairs=10, attempts=1)
+    assert [text is None for text in found] == [True, False] * 5
+    found, report = write(["No."] * 5 + [GOOD], pairs=12, attempts=1)
+    assert [text is None for text in found] == [True, False] * 5 + [False] * 2
+    assert report["from cache"] == 5 and report["given up"] == 5 and report["written"] == 2
+
+
+def test_answers_are_kept_as_they_come(server, tmp_path):
+    """Not in the order of pairs: a slow answer would hold back the others', which a killed run would pay again."""
+    server.script = ["hang", GOOD]
+    writer = Writer(Endpoint(server.url, "model"), tmp_path / "answers.jsonl")
+    found = writer.write([(f"a star {i}", "a ring") for i in range(8)], workers=2)
+    thread = threading.Thread(target=list, args=[found])
+    thread.start()
+    time.sleep(0.8)  # the first answers after 1.5 seconds
+    kept = len((tmp_path / "answers.jsonl").read_text("utf-8").splitlines())
+    thread.join()
+    assert kept == 7 and len((tmp_path / "answers.jsonl").read_text("utf-8").splitlines()) == 8
+
+
+def test_what_a_server_says_of_an_error_is_told(server, write, monkeypatch):
+    monkeypatch.setattr("language_model.HOPELESS", 2)
+    with pytest.raises(ValueError, match="the last time: HTTP 400: .*Use 'max_completion_tokens'"):
+        write([(400, '{"error": "Unsupported.\n Use \'max_completion_tokens\'"}', {})], pairs=4)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,22 @@ def run_in(folder, hub, *command, home="home", package=True, token="hf_alice"):
     return done.stdout
 
 
+def test_nothing_private_goes_to_a_repository_that_is_public(run, hub):
+    said = run("-c", """
+import sys
+import publish
+from huggingface_hub import HfApi
+HfApi().create_repo("alice/open")
+sys.argv = ["publish.py", "trained", "--repo_id", "alice/open", "--private"]
+try:
+    publish.main()
+except (SystemExit, ValueError) as error:
+    print("REFUSED", error)
+""")  # fmt: skip
+    assert "REFUSED" in said and "alice/open is there already, and public: nothing was uploaded" in said
+    assert list(hub.files("alice/open")) == [".gitattributes"]
+
+
 def test_the_round_trip(run, hub, clip_dir, processor, picture_folder, tmp_path):
     trained = TSCIRModel.from_pretrained(tmp_path / "trained", backbone=clip_dir)
     cir = ComposedImageRetrievalPipeline(model=trained, processor=processor).index(picture_folder)
@@ -198,6 +214,7 @@ def results(model) -> dict:
 
 def test_the_card_says_what_runs_wrote(stage2, processor, picture_folder, tmp_path):
     record = {"dataset_name": "someone/triplets", "model_name_or_path": str(tmp_path), "learning_rate": 1e-3,
+              "modification_column": "modification",
               "hours": 1.5, "hardware": "2 x Some GPU", "versions": {"torch": "9.9"}, "skipped_images": [],
               "previous_stage": {"dataset_name": str(tmp_path / "captions"), "seed": 7}}  # fmt: skip
     trained = tmp_path / "trained"
@@ -229,6 +246,18 @@ def test_the_card_says_what_runs_wrote(stage2, processor, picture_folder, tmp_pa
     card = (tmp_path / "bare/README.md").read_text("utf-8")
     assert "No figures were given" in card and "no record of its training" in card and "license: other" in card
     assert not any(str(f).startswith((".eval_results", "examples")) for f in bare)
+
+
+def test_a_stage_that_was_trained_twice_is_not_a_third(stage2, tmp_path):
+    first = {"dataset_name": "captions", "caption_column": "caption"}
+    second = {"dataset_name": "few", "modification_column": "text", "previous_stage": first}
+    record = {"dataset_name": "more", "modification_column": "text", "previous_stage": second}
+    (tmp_path / "training_arguments.json").write_text(json.dumps(record), "utf-8")
+    write_repository(tmp_path / "out", stage2, training=tmp_path)
+    card = (tmp_path / "out/README.md").read_text("utf-8")
+    places = [card.index(f"Stage {said}.") for said in
+              ("I: dataset_name captions", "II: dataset_name few", "II: dataset_name more")]  # fmt: skip
+    assert places == sorted(places) and "Stage III" not in card
 
 
 def test_local_names_stay_here(stage2, processor, picture_folder, clip_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import published_triplets
 import pytest
@@ -9,6 +10,7 @@ import stage2 as stage2_script
 import torch
 from arguments import DataArguments
 from datasets import Image, load_dataset
+from rows import UNFINISHED
 from stage2 import Stage2Arguments, Stage2Data
 from test_stream import encoded, write_tar
 
@@ -113,7 +115,7 @@ def test_text_triplets_train_composing_adapters(tmp_path, launch, stage1, proces
     batch = dataset.__getitems__([1, 4])
     with torch.no_grad():
         queries = stage1.encode_with_pseudo_words(batch["input_ids"], batch["pseudo_mask"], batch["pseudo_words"])
-        prompt = processor.tokenize(["a photo of a red star 1 that in blue"])
+        prompt = processor.tokenize(["a red star 1 in blue"])
         expected = stage1.get_text_features(**prompt)
         target = stage1.get_text_features(**processor.tokenize(["a blue one 4"]))
     normalised = torch.nn.functional.normalize
@@ -149,8 +151,24 @@ def test_rows_that_a_killed_run_left_are_not_taken_for_this_ones(tmp_path, coco)
     (tmp_path / "lasco.json").write_text(json.dumps(lasco_records(3)), "utf-8")
     flags = ["lasco", tmp_path / "lasco.json", "--image_dir", coco]
     whole = run(tmp_path, *flags, "--rows_per_file", 1)
-    (tmp_path / "out/data").rename(tmp_path / "out/unfinished-data")
+    shutil.copytree(tmp_path / "out/data", tmp_path / "out" / UNFINISHED)
+    assert len(load_dataset(str(tmp_path / "out"), split="train")) == len(whole)
     assert run(tmp_path, *flags)["modification"] == whole["modification"]
+    (tmp_path / "out/data").rename(tmp_path / "out/.replaced-data")  # killed as the new was put in its place
+    (tmp_path / "lasco.json").write_text("[]", "utf-8")
+    with pytest.raises(SystemExit, match="holds no triplet"):
+        run(tmp_path, *flags)
+    assert load_dataset(str(tmp_path / "out"), split="train")["modification"][:] == whole["modification"][:]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "left_out.txt"]
+
+
+def test_another_set_does_not_take_the_place_of_one_that_is_there(tmp_path, coco):
+    (tmp_path / "lasco.json").write_text(json.dumps(lasco_records(3)), "utf-8")
+    run(tmp_path, "lasco", tmp_path / "lasco.json", "--image_dir", coco)
+    (tmp_path / "rtd.json").write_text(json.dumps(RTD), "utf-8")
+    with pytest.raises(SystemExit, match="out holds other data, of lasco, .* choose another folder"):
+        run(tmp_path, "rtd", tmp_path / "rtd.json")
+    assert len(load_dataset(str(tmp_path / "out"), split="train")) == 3
 
 
 def test_files_as_windows_or_an_editor_leave_them(tmp_path, coco):
@@ -182,15 +200,20 @@ def test_what_cannot_be_used_is_named_or_listed(tmp_path, coco, capsys):
     assert not list((tmp_path / "out").rglob("*.parquet"))
     (tmp_path / "out/data").mkdir()
     (tmp_path / "out/data/mine.txt").write_text("precious", "utf-8")
+    with pytest.raises(SystemExit, match="out holds other data, of mine.txt, which this would replace"):
+        run(tmp_path, "lasco", *flags, "--on_bad_image", "skip")
+    assert (tmp_path / "out/data/mine.txt").read_text("utf-8") == "precious"
+    (tmp_path / "out/data/mine.txt").unlink()
     rows = run(tmp_path, "lasco", *flags, "--on_bad_image", "skip")
     assert len(rows) == 4 and "2 left out" in capsys.readouterr().out
     assert len((tmp_path / "out/left_out.txt").read_text("utf-8").splitlines()) == 2
     with pytest.raises(SystemExit, match="No such file"):
         run(tmp_path, "lasco", tmp_path / "nothing", "--image_dir", coco)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data", "left_out.txt"]  # as it was before
-    assert len(list((tmp_path / "out/data").iterdir())) == 2
+    assert len(list((tmp_path / "out/data").iterdir())) == 1
     records = [{"q_img": "a", "q_texts": [], "t_img": "b"}, {"q_img": "a", "q_texts": [["x"]], "t_img": "b"}]
     (tmp_path / "odd.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
+    shutil.rmtree(tmp_path / "out")
     with pytest.raises(SystemExit, match=r"(?s)0: no modification.*1: modification is no text: \['x'\]"):
         run(tmp_path, "megapairs", tmp_path / "odd.jsonl", "--image_dir", coco)
     with pytest.raises(SystemExit, match="not of the form of megapairs: .* of another form .*'q_text'"):

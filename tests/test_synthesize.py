@@ -10,8 +10,9 @@ import pytest
 import synthesize
 from caption_pairs import Change, words_of
 from conftest import DATA_DIR, needs_data
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets import Image as ImageFeature
+from rows import UNFINISHED
 from test_language_model import GOOD
 from test_language_model import server as server  # noqa: PLC0414  (a fixture)
 
@@ -73,8 +74,14 @@ def test_triplets_are_written_file_by_file(data, tmp_path, monkeypatch):
     """As all pictures of many triplets would neither be held nor fit one Arrow column."""
     whole = run(data, tmp_path / "whole")
     monkeypatch.setattr(synthesize, "ROWS_PER_FILE", 4)
-    (tmp_path / "out/unfinished-data").mkdir(parents=True)  # of a run that was killed
-    shutil.copy(tmp_path / "whole/data/train-00000-of-00001.parquet", tmp_path / "out/unfinished-data/train-7.parquet")
+    (tmp_path / "out" / UNFINISHED).mkdir(parents=True)  # of a run that was killed
+    shutil.copy(
+        tmp_path / "whole/data/train-00000-of-00001.parquet", tmp_path / "out" / UNFINISHED / "train-7.parquet"
+    )
+    with pytest.raises(
+        FileNotFoundError, match="doesn't contain any data files"
+    ):  # what was written aside is not trained on
+        load_dataset(str(tmp_path / "out"), split="train")
     rows = run(data, tmp_path / "out")
     assert [path.name for path in sorted((tmp_path / "out/data").iterdir())] == [
         "train-00000-of-00002.parquet", "train-00001-of-00002.parquet",
@@ -165,8 +172,15 @@ def test_what_is_missing_is_named(data, tmp_path):
         run(data, tmp_path / "out", "--caption_column", "text")
     with pytest.raises(SystemExit, match="--id_column picture: .* has no such column"):
         run(data, tmp_path / "out", "--id_column", "picture")
-    with pytest.raises(SystemExit, match="neither pictures"):
+    with pytest.raises(SystemExit, match=r"lacks columns \['x \(the picture\)'\]"):
         run(data, tmp_path / "out", "--image_column", "x")
+    rows = load_dataset(str(data), split="train")
+    rows.remove_columns("image").to_parquet(tmp_path / "texts/train.parquet")
+    with pytest.raises(SystemExit, match="neither pictures"):
+        run(tmp_path / "texts", tmp_path / "out")
+    rows.remove_columns("image").add_column("image", [1] * 6).to_parquet(tmp_path / "numbers/train.parquet")
+    with pytest.raises(SystemExit, match="column image of .* holds no pictures but"):
+        run(tmp_path / "numbers", tmp_path / "out")
     with pytest.raises(SystemExit, match=r"--dataset_name .*nowhere, split train, cannot be loaded, or is empty: "):
         run(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "file").write_text("", "utf-8")
@@ -182,6 +196,32 @@ def test_triplets_that_are_there_are_not_replaced_and_too_few_are_told(data, tmp
     with pytest.raises(SystemExit):
         run(data, tmp_path / "other", "--num_triplets", "0")
     assert "--num_triplets is at least 1, not 0" in capsys.readouterr().err
+
+
+def test_a_picture_is_never_paired_with_itself(data, tmp_path):
+    """Which rows are of one picture is told by ids where there are any, and by the pictures where there are none."""
+    captions = [f"same{i} near{i // 2}" for i in range(6)] + [f"same{i}" for i in range(6)]
+    rows = load_dataset(str(data), split="train").remove_columns("caption")
+    without = concatenate_datasets([rows, rows]).add_column("caption", captions)
+    some = without.add_column("image_id", ["0", "1", "2", None, " ", "5", "0", "1", "2", None, None, "5"])
+    for name, given in (("without", without), ("some", some)):
+        given.to_parquet(tmp_path / name / "train.parquet")
+        made = run(tmp_path / name, tmp_path / f"{name}-out", "--min_similarity", 0.01, "--num_triplets", 60)
+        assert len(made) == 6
+        shown: dict[str, set[bytes]] = {}
+        for row in made:
+            assert row["reference"].tobytes() != row["target"].tobytes()
+            for side in ("reference", "target"):
+                shown.setdefault(row[f"{side}_id"], set()).add(row[side].tobytes())
+        assert len(shown) == 6 and all(len(pictures) == 1 for pictures in shown.values()) and "None" not in shown
+
+
+def test_pairs_go_on_until_there_are_enough(data, tmp_path, server, capsys):  # noqa: F811
+    """Where a language model refuses some, and no further, as answers cost."""
+    server.script = ["no", GOOD]
+    flags = ["--quality", "high", "--language_model", "m", "--endpoint", server.url, "--attempts", 1]
+    rows = run(data, tmp_path / "out", *flags, "--num_triplets", 2)
+    assert len(rows) == 2 and len(server.requests) == 3 and "fewer" not in capsys.readouterr().err
 
 
 def test_pictures_that_cannot_be_read_are_named_by_their_files(data, tmp_path):
@@ -202,7 +242,9 @@ def test_rows_without_a_caption_are_named_or_left_out(data, tmp_path):
 
 def test_an_endpoint_that_never_answers_is_named(data, tmp_path, monkeypatch):
     flags = ["--quality", "high", "--language_model", "m", "--endpoint", "http://127.0.0.1:9/v1", "--attempts", 1]
-    with pytest.raises(SystemExit, match=r"m wrote nothing usable for \d+ pairs: .*Connection refused"):
+    with pytest.raises(
+        SystemExit, match=r"m wrote nothing usable for \d+ pairs: .*; the last time: .*Connection refused"
+    ):
         run(data, tmp_path / "a", *flags)
     monkeypatch.setattr("language_model.HOPELESS", 3)
     with pytest.raises(

@@ -86,6 +86,8 @@ def read_mapper(path: Path, known: Format) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name!r} is no tensor of finite numbers")
+        if tensor.dim() != (2 if name.endswith("weight") else 1):
+            raise ValueError(f"{path}: {name!r} is of shape {tuple(tensor.shape)}, unlike a linear layer's")
     return {ours: state[theirs].float() for theirs, ours in names.items()}
 
 

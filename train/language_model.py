@@ -9,13 +9,16 @@ import http.client
 import itertools
 import json
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 
 PROMPT = """Two pictures are described by these captions.
@@ -33,29 +36,36 @@ class UnusableAnswer(ValueError):
 
 
 class EndpointError(RuntimeError):
-    """The endpoint gave no answer. `.wait` is how many seconds it asks to be left alone, where it says so."""
+    """The endpoint gave no answer. `.wait` is how many seconds it asks to be left alone, `.reason` what it says of it,
+    where it says so."""
 
-    def __init__(self, message: str, wait: float | None = None, permanent: bool = False):
+    def __init__(self, message: str, wait: float | None = None, permanent: bool = False, reason: str = ""):
         super().__init__(message)
-        self.wait, self.permanent = wait, permanent
+        self.wait, self.permanent, self.reason = wait, permanent, reason
 
 
 def parse_modification(answer: str) -> str:
     """The modification in a model's answer: a JSON object, possibly fenced or with words around it.
 
+    Of several the last one, as a model that thinks first repeats what it was asked for, "..." included.
+
     Raises:
         UnusableAnswer: saying what is wrong: no JSON, no text, or one of more than forty words.
     """
-    match = re.search(r"\{.*?\}", answer, re.DOTALL)
-    try:
-        text = json.loads(match.group(0))["modification"] if match else None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
+    found = []
+    for brace in re.finditer(r"\{", answer):
+        try:
+            content, _ = json.JSONDecoder().raw_decode(answer, brace.start())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and isinstance(content.get("modification"), str):
+            found.append(" ".join(content["modification"].split()))
+    if not found:
         raise UnusableAnswer("no JSON with a modification")
-    text = " ".join(text.split())
-    if not text:
+    texts = [text for text in found if any(map(str.isalnum, text))]
+    if not texts:
         raise UnusableAnswer("empty")
+    text = texts[-1]
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a character
@@ -110,7 +120,11 @@ class Endpoint:
             wait = error.headers.get("Retry-After", "")
             wait = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
             permanent = error.code not in (408, 409, 429) and error.code < 500
-            raise EndpointError(f"HTTP {error.code}", wait, permanent) from error
+            try:
+                reason = " ".join(error.read(1000).decode("utf-8", "replace").split())[:300]
+            except (OSError, http.client.HTTPException):
+                reason = ""
+            raise EndpointError(f"HTTP {error.code}", wait, permanent, reason) from error
         except (OSError, http.client.HTTPException) as error:
             raise EndpointError(f"no connection or timeout ({str(error) or type(error).__name__})") from error
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -120,11 +134,11 @@ class Endpoint:
 class ChatModel:
     """A chat model of `transformers`, run here. Raises what loading it raises."""
 
-    def __init__(self, name: str, temperature: float = 0.7, max_tokens: int = 120):
+    def __init__(self, name: str, temperature: float = 0.7, max_tokens: int = 120, device: str | None = None):
         from transformers import pipeline
 
         self.model, self.temperature, self.max_tokens = name, temperature, max_tokens
-        self.generate = pipeline("text-generation", model=name)
+        self.generate = pipeline("text-generation", model=name, device=device)
 
     def __call__(self, prompt: str) -> tuple[str, dict]:
         messages = [{"role": "user", "content": prompt}]
@@ -154,6 +168,8 @@ class Writer:
         self.known: dict[str, str] = {}
         self.report: Counter = Counter()
         self.last = ""  # what went wrong, the last time something did
+        self.unanswered = 0  # pairs in a row
+        self.lock = threading.Lock()
         if self.cache.is_file():
             for line in self.cache.read_text(encoding="utf-8").splitlines():
                 try:
@@ -171,36 +187,30 @@ class Writer:
         Raises:
             ValueError: with what went wrong, when HOPELESS pairs in a row or more had no usable answer.
         """
-        unanswered = 0
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         pairs = iter(pairs)
         torn = self.cache.is_file() and self.cache.read_bytes()[-1:] not in (b"", b"\n")
         with self.cache.open("a", encoding="utf-8") as file, ThreadPoolExecutor(workers) as pool:
             file.write("\n" if torn else "")
+            ask = partial(self._one, file=file)
             # A little at a time, so that a run that is stopped does not wait for all that it had queued.
             while ahead := list(itertools.islice(pairs, 4 * workers)):
-                for key, text, counts in pool.map(self._one, ahead):
+                for text, counts in pool.map(ask, ahead):
                     self.report.update(counts)
-                    if counts["given up"]:
-                        unanswered += 1
-                    elif counts["written"]:
-                        unanswered = 0
-                    if counts["written"]:
-                        file.write(json.dumps({"key": key, "modification": text}) + "\n")
-                        file.flush()
+                    self.unanswered = self.unanswered + 1 if counts["given up"] else 0
                     yield text
-                if unanswered >= HOPELESS:
+                if self.unanswered >= HOPELESS:
                     raise ValueError(
-                        f"{self.ask.model} wrote nothing usable for {unanswered} pairs in a row, the last time: "
+                        f"{self.ask.model} wrote nothing usable for {self.unanswered} pairs in a row, the last time: "
                         f"{self.last}. What it wrote before is in {self.cache}, and the same command goes on"
                     )
 
-    def _one(self, pair: tuple[str, str]) -> tuple[str, str | None, Counter]:
-        """The pair's key, its modification or None, and what it took: tokens, and problems by name."""
+    def _one(self, pair: tuple[str, str], file: IO[str]) -> tuple[str | None, Counter]:
+        """The pair's modification or None, and what it took, by name. `file` keeps what is new."""
         prompt = PROMPT.format(reference=pair[0], target=pair[1])
         key, counts = self.key(prompt), Counter()
         if key in self.known:
-            return key, self.known[key], Counter({"from cache": 1})
+            return self.known[key], Counter({"from cache": 1})
         for attempt in range(self.attempts):
             wait = self.first_wait * 2**attempt
             try:
@@ -208,17 +218,20 @@ class Writer:
                 told = {k: tokens.get(k) for k in ("prompt_tokens", "completion_tokens")}
                 counts.update({k: int(count) for k, count in told.items() if isinstance(count, (int, float))})
                 text = self.known[key] = parse_modification(answer)
-                return key, text, counts + Counter({"written": 1})
+                with self.lock:
+                    file.write(json.dumps({"key": key, "modification": text}) + "\n")
+                    file.flush()
+                return text, counts + Counter({"written": 1})
             except UnusableAnswer as error:
                 counts[f"unusable answer: {error}"] += 1
                 self.last = f"{error} in {answer[:200]!r}"
                 wait = 0.0  # asking again at once may well help
             except EndpointError as error:
                 counts[str(error)] += 1
-                self.last = str(error)
+                self.last = f"{error}: {error.reason}" if error.reason else str(error)
                 if error.permanent:
                     break
                 wait = error.wait if error.wait is not None else wait
             if attempt + 1 < self.attempts:
                 time.sleep(min(wait, self.max_wait))
-        return key, None, counts + Counter({"given up": 1})
+        return None, counts + Counter({"given up": 1})

@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--backbone", choices=["reference", "full"], help="reference where others can fetch it")
     parser.add_argument("--results", type=Path, nargs="+", default=[], help="results.json files of this model")
     parser.add_argument("--license", help="the Hub's name of one; known backbones' is theirs")
-    parser.add_argument("--private", action="store_true", default=None)
+    parser.add_argument(
+        "--private", action="store_true", default=None, help="make it so; one that is there and public is refused"
+    )
     parser.add_argument("--revision", help="a branch, made if need be")
     parser.add_argument("--example", nargs=2, action="append", default=[], metavar=("PICTURE", "TEXT"))
     parser.add_argument(

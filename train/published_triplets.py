@@ -25,8 +25,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
+from rows import UNFINISHED
 
 
 EXTENSIONS = (".jpg", ".png", ".jpeg")
@@ -68,6 +70,7 @@ def megapairs(args: argparse.Namespace) -> Iterator[dict]:
 
 def cc_coir(args: argparse.Namespace) -> Iterator[dict]:
     """CC-CoIR (Ventura et al. 2024): CSV of "pth1", "pth2" (FOLDER/NAME without extension), "edit" and captions."""
+    csv.field_size_limit(2**24)  # the reader's own is 128 KiB, after which it stops
     with open(args.annotations, encoding="utf-8-sig", newline="") as file:
         for record in csv.DictReader(file):
             row = {"modification": record["edit"], "reference_id": record["pth1"], "target_id": record["pth2"]}
@@ -214,6 +217,14 @@ def write_files(args: argparse.Namespace, folder: Path, bad: list[str]) -> int:
     return count
 
 
+def sources_of(file: Path) -> set[str]:
+    """What a file in the output folder says that its triplets are of."""
+    try:
+        return set(pq.read_table(file, columns=["source"])["source"].unique().to_pylist())
+    except (OSError, ValueError, KeyError):  # pyarrow's are ValueErrors
+        return {file.name}
+
+
 def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
     """Put the triplets into `args.output_dir`/data; gives their number, and a sentence for each that was left out.
 
@@ -222,10 +233,17 @@ def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
             with pictures that are missing. What the folder held before stays.
     """
     bad: list[str] = []
-    aside, final = args.output_dir / "unfinished-data", args.output_dir / "data"
-    if any(final.glob("*.parquet")) and not (args.output_dir / "left_out.txt").is_file():
-        raise ValueError(f"{args.output_dir} holds other data, which this would be mixed with; choose another folder")
-    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    aside, final, old = (args.output_dir / name for name in (UNFINISHED, "data", ".replaced-data"))
+    if old.is_dir() and not final.is_dir():
+        os.replace(old, final)  # a run was killed as it put the new in its place
+    held = {name for file in sorted(final.glob("[!.]*")) for name in sources_of(file)}
+    if held - {args.source}:
+        raise ValueError(
+            f"{args.output_dir} holds other data, of {', '.join(sorted(held))}, which this would replace; choose "
+            "another folder"
+        )
+    for folder in (aside, old):
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     aside.mkdir(parents=True)
     try:
         count = write_files(args, aside, bad)
@@ -238,13 +256,14 @@ def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
             )
         if not count:
             raise ValueError(f"{args.annotations} holds no triplet")
-        final.mkdir(exist_ok=True)
-        for old in final.glob("train-*.parquet"):
-            old.unlink()
-        for file in aside.iterdir():
-            os.replace(file, final / file.name)
+        if final.is_dir():
+            os.replace(final, old)
+        os.replace(aside, final)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if old.is_dir() and not final.is_dir():
+            os.replace(old, final)
+        for folder in (aside, old):
+            shutil.rmtree(folder, ignore_errors=True)
     (args.output_dir / "left_out.txt").write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
     return count, bad
 

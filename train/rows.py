@@ -19,6 +19,7 @@ from modeling_tscir.feature_cache import digest, state_of
 from modeling_tscir.images import handle_bad_images
 
 
+UNFINISHED = ".unfinished-data"  # beside data/: `datasets` reads no folder whose name begins with a dot
 BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 

@@ -21,7 +21,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,11 +31,12 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from language_model import ChatModel, Endpoint, Writer
 from picture_pairs import told_apart
-from rows import check_columns, file_of, load_source, text_problem
+from rows import UNFINISHED, check_columns, file_of, first_of_each, load_source, text_problem
 from tqdm.auto import tqdm
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_texts
+from modeling_tscir.feature_cache import picture_name
 from modeling_tscir.images import find_bad_images, handle_bad_images
 
 
@@ -115,8 +116,8 @@ def near_in_words(args: argparse.Namespace, captions: list[list[str]], ids: list
 
 def embeddings_of(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Of every row's picture and caption, [n, D] each."""
-    if args.image_column not in rows.column_names:
-        raise ValueError(f"{args.dataset_name} has no pictures ({args.image_column!r}) for {args.model_name_or_path}")
+    if args.image_column is None:
+        raise ValueError(f"{args.dataset_name} has no pictures ('image') for {args.model_name_or_path}")
     model = TSCIRModel.from_clip_pretrained(args.model_name_or_path).to(args.device)
     processor = TSCIRProcessor.from_clip_pretrained(args.model_name_or_path)
     images = embed_images(model, processor, rows[args.image_column], progress="images")
@@ -125,19 +126,24 @@ def embeddings_of(rows: Dataset, args: argparse.Namespace) -> tuple[torch.Tensor
 
 
 def read_rows(args: argparse.Namespace) -> tuple[Dataset, list, dict[str, str]]:
-    """The captioned rows, each one's picture id, and why rows were left out."""
+    """The captioned rows, each one's picture id, and why rows were left out.
+
+    Rows without an id are of one picture where their pictures are equal.
+    """
     options = {"field": args.json_field} if args.json_field else {}
     rows = load_source(args, **options, **({"data_files": args.data_files} if args.data_files else {}))
-    check_columns(args, {args.caption_column: "the caption"}, rows, images=[])
+    if args.image_column is None and "image" in rows.column_names:
+        args.image_column = "image"
+    pictures = {} if args.image_column is None else {args.image_column: "the picture"}
+    check_columns(args, {args.caption_column: "the caption", **pictures}, rows, images=list(pictures))
     if args.id_column is not None and args.id_column not in rows.column_names:
         raise ValueError(
             f"--id_column {args.id_column}: {args.dataset_name} has no such column; it has {rows.column_names}"
         )
-    has_images = args.image_column in rows.column_names
     names = [f"row {i}" for i in range(len(rows))]
     problems = (text_problem(text, args.caption_column) for text in rows[args.caption_column])
     bad = {name: why for name, why in zip(names, problems, strict=True) if why is not None}
-    if has_images:
+    if pictures:
         rows = rows.cast_column(args.image_column, ImageFeature(decode=False))
         pictures = rows[args.image_column]
         reasons = dict(find_bad_images(pictures, range(len(rows))))
@@ -146,34 +152,50 @@ def read_rows(args: argparse.Namespace) -> tuple[Dataset, list, dict[str, str]]:
     kept = [i for i, name in enumerate(names) if name not in bad]
     rows = rows.select(kept) if bad else rows
     id_column = args.id_column or ID_COLUMN
-    if id_column in rows.column_names:
-        return rows, list(rows[id_column]), bad
-    if not has_images:
-        raise ValueError(f"{args.dataset_name} has neither pictures ({args.image_column!r}) nor {id_column!r}")
-    return rows, kept, bad
+    if id_column not in rows.column_names and args.image_column is None:
+        raise ValueError(f"{args.dataset_name} has neither pictures ('image') nor {id_column!r}")
+    ids = list(rows[id_column]) if id_column in rows.column_names else [None] * len(rows)
+    unnamed = [i for i, name in enumerate(ids) if name is None or not str(name).strip()]
+    if unnamed and args.image_column is not None:
+        first = first_of_each([picture_name(picture) for picture in rows[args.image_column]])
+    else:
+        first = range(len(rows))
+    row = "row " if len(unnamed) < len(ids) else ""  # as ids may be numbers themselves
+    for i in unnamed:
+        ids[i] = f"{row}{kept[first[i]]}"
+    return rows, ids, bad
 
 
-def write_modifications(
-    pairs: list[tuple[int, int]], captions: list[list[str]], texts: list[str], args: argparse.Namespace
-) -> tuple[list[tuple[str | None, str]], dict]:
-    """(modification, kind) of every pair, and a report of what the writing took."""
-    rng = random.Random(args.seed)
-    if args.quality == "low":
-        if args.model_name_or_path is None:
-            return [template_modification(captions[i], captions[j], rng) for i, j in pairs], {}
-        return [(rng.choice(TEMPLATES["caption"]).format(caption=texts[j]), "caption") for _, j in pairs], {}
+def language_model(args: argparse.Namespace) -> Writer:
     if args.endpoint:
         key = os.environ.get("OPENAI_API_KEY")
         ask = Endpoint(args.endpoint, args.language_model, key, args.timeout, max_tokens=args.max_tokens)
     else:
-        ask = ChatModel(args.language_model, max_tokens=args.max_tokens)
-    writer = Writer(ask, args.output_dir / "answers.jsonl", args.attempts)
-    written = writer.write([(texts[i], texts[j]) for i, j in pairs], args.workers if args.endpoint else 1)
-    found = list(tqdm(written, total=len(pairs), desc=args.language_model, unit="text"))
+        ask = ChatModel(args.language_model, max_tokens=args.max_tokens, device=args.device)
+    return Writer(ask, args.output_dir / "answers.jsonl", args.attempts)
+
+
+def what_it_took(writer: Writer, args: argparse.Namespace) -> dict:
     report = dict(writer.report)
     tokens = [report.get(f"{kind}_tokens", 0) for kind in ("prompt", "completion")]
-    report["cost"] = (tokens[0] * args.prompt_price + tokens[1] * args.completion_price) / 1e6
-    return [(text, "written") for text in found], report
+    return report | {"cost": (tokens[0] * args.prompt_price + tokens[1] * args.completion_price) / 1e6}
+
+
+def modifications_of(
+    pairs: list[tuple[int, int]],
+    captions: list[list[str]],
+    texts: list[str],
+    args: argparse.Namespace,
+    rng: random.Random,
+    writer: Writer | None,
+) -> Iterable[tuple[str | None, str]]:
+    """(modification, kind) of every pair, by template or by `writer`; None where it wrote nothing usable."""
+    if writer is not None:
+        written = writer.write([(texts[i], texts[j]) for i, j in pairs], args.workers if args.endpoint else 1)
+        return [(text, "written") for text in tqdm(written, args.language_model, len(pairs), unit="text")]
+    if args.model_name_or_path is None:
+        return [template_modification(captions[i], captions[j], rng) for i, j in pairs]
+    return [(rng.choice(TEMPLATES["caption"]).format(caption=texts[j]), "caption") for _, j in pairs]
 
 
 def synthesize(args: argparse.Namespace) -> dict:
@@ -183,7 +205,7 @@ def synthesize(args: argparse.Namespace) -> dict:
         ValueError: for what cannot be read or written, and rather than replace triplets that are there.
     """
     refuse_unwritable_folder(str(args.output_dir))
-    if any((args.output_dir / "data").glob("*.parquet")):
+    if (args.output_dir / "data").is_dir() and any((args.output_dir / "data").iterdir()):
         raise ValueError(f"{args.output_dir} holds triplets already: choose another --output_dir, or remove its data/")
     rows, ids, left_out = read_rows(args)
     texts = list(rows[args.caption_column])
@@ -199,20 +221,25 @@ def synthesize(args: argparse.Namespace) -> dict:
         fits = (images * embeds).sum(-1)
         pairs = [(i, j) for i, j in every if min(fits[i], fits[j]) >= args.min_caption_fit]
         dropped["caption does not fit its picture"] = len(every) - len(pairs)
-    if args.quality == "high":
-        pairs = pairs[: args.num_triplets]
-    modifications, writing = write_modifications(pairs, captions, texts, args)
+    writer = language_model(args) if args.quality == "high" else None
+    rng, read = random.Random(args.seed), 0
     kept, seen = [], set()
-    for (i, j), (text, kind) in zip(pairs, modifications, strict=True):
-        if text is None:
-            dropped["no usable text"] = dropped.get("no usable text", 0) + 1
-        elif (ids[i], text) in seen:
-            dropped["the same reference and text"] = dropped.get("the same reference and text", 0) + 1
-        elif len(kept) < args.num_triplets:
-            seen.add((ids[i], text))
-            kept.append((i, j, text, kind))
-    if dropped.get("no usable text") == len(pairs) > 0:
-        raise ValueError(f"{args.language_model} wrote nothing usable for {len(pairs)} pairs: {writing}")
+    while read < len(pairs) and len(kept) < args.num_triplets:  # no more than are missing, as answers may cost
+        some = pairs[read : read + args.num_triplets - len(kept)]
+        read += len(some)
+        for (i, j), (text, kind) in zip(some, modifications_of(some, captions, texts, args, rng, writer), strict=True):
+            if text is None:
+                dropped["no usable text"] = dropped.get("no usable text", 0) + 1
+            elif (ids[i], text) in seen:
+                dropped["the same reference and text"] = dropped.get("the same reference and text", 0) + 1
+            else:
+                seen.add((ids[i], text))
+                kept.append((i, j, text, kind))
+    writing = {} if writer is None else what_it_took(writer, args)
+    if dropped.get("no usable text") == read > 0:
+        raise ValueError(
+            f"{args.language_model} wrote nothing usable for {read} pairs: {writing}; the last time: {writer.last}"
+        )
     lower = "--min_caption_gain or --min_caption_fit" if args.model_name_or_path else "--min_similarity"
     if not kept:
         raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}. Lower {lower}")
@@ -228,23 +255,22 @@ def synthesize(args: argparse.Namespace) -> dict:
 
 def write_triplets(rows: Dataset, ids: list, texts: list[str], kept: list[tuple], args: argparse.Namespace) -> None:
     """Written aside and moved into place whole; memory holds ROWS_PER_FILE."""
-    aside, final = args.output_dir / "unfinished-data", args.output_dir / "data"
+    aside, final = args.output_dir / UNFINISHED, args.output_dir / "data"
     shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
     aside.mkdir(parents=True)
     starts = range(0, len(kept), ROWS_PER_FILE)
     for number, start in enumerate(starts):
         table = table_of(rows, ids, texts, kept[start : start + ROWS_PER_FILE], args)
         table.to_parquet(aside / f"train-{number:05d}-of-{len(starts):05d}.parquet")
-    final.mkdir(exist_ok=True)
-    for file in aside.iterdir():
-        os.replace(file, final / file.name)
-    aside.rmdir()
+    if final.is_dir():
+        final.rmdir()  # it was empty
+    os.replace(aside, final)
 
 
 def table_of(rows: Dataset, ids: list, texts: list[str], kept: list[tuple], args: argparse.Namespace) -> Dataset:
     """Some of the triplets, (reference row, target row, modification, kind), as they are written."""
     columns, features = {}, {}
-    if args.image_column in rows.column_names:
+    if args.image_column is not None:
         pictures = rows[args.image_column]
         columns = {"reference": [pictures[i] for i, *_ in kept], "target": [pictures[j] for _, j, *_ in kept]}
         features = {name: ImageFeature() for name in columns}
@@ -292,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_files", help="for a format's name, such as --dataset_name json --data_files x.json")
     parser.add_argument("--json_field", help="where the records are in a JSON file")
     parser.add_argument("--dataset_train_split", default="train")
-    parser.add_argument("--image_column", default="image", help="the pictures (image)")
+    parser.add_argument("--image_column", help="the pictures; image, where the data has it")
     parser.add_argument("--caption_column", default="caption", help="their captions (caption)")
     parser.add_argument("--id_column", help=f"equal for captions of one picture; {ID_COLUMN}, where the data has it")
     parser.add_argument("--output_dir", type=Path, required=True)
