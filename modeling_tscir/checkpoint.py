@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -63,6 +64,29 @@ def adapters_in(folder: Path) -> list[str]:
     with contextlib.suppress(OSError, ValueError):  # nothing saved, or half of it
         return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("adapters", [])
     return []
+
+
+@contextlib.contextmanager
+def replacing(paths: list[Path]) -> Iterator[None]:
+    """Files and folders that lie there are gone once what takes their place is written, and back if that fails."""
+
+    def remove(path: Path) -> None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    aside = {path: path.with_name(f".{path.name}.old") for path in paths if path.exists()}
+    for path, old in aside.items():
+        remove(old)  # of a process that was killed
+        os.replace(path, old)
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            remove(path)
+        for path, old in aside.items():
+            os.replace(old, path)
+        raise
+    for old in aside.values():
+        remove(old)
 
 
 class CheckpointMixin:
@@ -302,25 +326,22 @@ class CheckpointMixin:
         if backbone == "full" and (self.adapter_names or given is not None):
             kwargs["state_dict"] = dict(self.own_state_dict(given))
         self.config.adapters = further
-        main = kwargs.get("is_main_process", True)
-        if main:
-            for name in adapters_in(folder):
-                shutil.rmtree(folder / ADAPTERS / check_name(name), ignore_errors=True)
-            with contextlib.suppress(OSError):  # unless others lie there
-                (folder / ADAPTERS).rmdir()
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(folder, **kwargs)
+            return
+        # Both forms in one folder would contradict each other.
+        old = [folder / name for name in ("config.json", DELTA_NAME, *FULL_NAMES)]
+        with replacing([*old, *(folder / ADAPTERS / check_name(name) for name in adapters_in(folder))]):
             for name in further:
                 self.save_adapter(folder / ADAPTERS / name, name)
-            # Both forms in one folder would contradict each other.
-            for name in (DELTA_NAME, *FULL_NAMES):
-                (folder / name).unlink(missing_ok=True)
-        super().save_pretrained(folder, **kwargs)
-        if not main:
-            return
-        if backbone == "reference":
-            (folder / FULL_NAMES[0]).unlink(missing_ok=True)
-            save_file(delta, folder / DELTA_NAME, metadata={"format": "pt"})
-        for path in folder.glob("*.safetensors"):  # which safetensors lets its owner alone read
-            shutil.copymode(folder / "config.json", path)
+            super().save_pretrained(folder, **kwargs)
+            if backbone == "reference":
+                (folder / FULL_NAMES[0]).unlink(missing_ok=True)
+                save_file(delta, folder / DELTA_NAME, metadata={"format": "pt"})
+            for path in folder.glob("*.safetensors"):  # which safetensors lets its owner alone read
+                shutil.copymode(folder / "config.json", path)
+        with contextlib.suppress(OSError):  # unless others lie there
+            (folder / ADAPTERS).rmdir()
 
     def push_to_hub(
         self,

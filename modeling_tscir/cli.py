@@ -184,9 +184,10 @@ def run_index(args: argparse.Namespace) -> int:
     if args.dtype not in (None, gallery.info["dtype"]):
         raise ValueError(f"{args.output} stores {gallery.info['dtype']}, not {args.dtype}; name a new one")
     if args.index is not None and processes.main:
-        if args.index != "none":
+        if args.index == "none":
+            gallery.drop_index()
+        else:  # the one there is stays until the pictures are in and another is built
             empty(args.index, gallery.info["dimensions"])  # refuses what FAISS does not know, before any work
-        gallery.drop_index()  # another is built when the pictures are in
     if processes.main:
         gallery.remember(model=str(Path(name).resolve()) if Path(name).is_dir() else name)
     report = gallery.add(

@@ -210,10 +210,10 @@ def gone_from(roots: Sequence[str | bytes | os.PathLike], found: Found) -> set[s
 
 
 def below_of(root: str | os.PathLike):
-    """Whether a path lies in `root` or below."""
-    top = os.path.join(os.path.realpath(os.fsencode(root)), b"")
+    """Whether a path lies in `root` or below, by its name or by where links lead."""
+    named, top = (os.path.join(where(os.fsencode(root)), b"") for where in (os.path.abspath, os.path.realpath))
     real = functools.lru_cache(1024)(os.path.realpath)  # of folders, which come one after the other
-    return lambda path: os.path.join(real(os.path.dirname(path)), b"").startswith(top)
+    return lambda path: path.startswith(named) or os.path.join(real(os.path.dirname(path)), b"").startswith(top)
 
 
 def read_file(path: bytes) -> tuple[bytes, os.stat_result]:

@@ -328,8 +328,14 @@ def find_bad_images(sources: Sequence[ImageSource], ids: Sequence[str]) -> list[
             return str(error)
         return None
 
+    first = range(len(sources))
+    if isinstance(sources, (list, tuple)):  # in which one picture may stand twice, and two threads must not load it
+        places: dict[int, int] = {}
+        first = [places.setdefault(id(source), row) for row, source in enumerate(sources)]
+    rows = sorted(set(first))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [(i, why) for i, why in zip(ids, pool.map(reason, range(len(sources))), strict=True) if why is not None]
+        reasons = dict(zip(rows, pool.map(reason, rows), strict=True))
+    return [(i, reasons[row]) for i, row in zip(ids, first, strict=True) if reasons[row] is not None]
 
 
 def _decode_small(source: ImageSource) -> None:

@@ -5,7 +5,9 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial, reduce
 from numbers import Number
+from operator import or_
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,10 +75,13 @@ def read_metadata(root: str | os.PathLike, given: str | os.PathLike | None, pref
 def read_csv(path: Path) -> pd.DataFrame:
     """A column is of one kind in all of a long file, and whole numbers beside missing ones stay whole.
 
-    Numbers with leading zeros, such as article numbers and postcodes, stay texts. Raises `ValueError` for rows of more
-    cells than there are columns.
+    Numbers as codes have them, with leading zeros, a plus or an E ("0049", "+49", "12E3"), stay texts.
+
+    Raises:
+        ValueError: for rows of more cells than there are columns.
     """
     options = {"keep_default_na": False, "na_values": [""], "dtype_backend": "numpy_nullable", "low_memory": False}
+    options["skipinitialspace"] = True  # of "a, b", whose second column is "b"
     texts = pd.read_csv(path, dtype="string", **options)
     if not isinstance(texts.index, pd.RangeIndex):  # rows are longer than the header, and the first cells were taken
         if texts.iloc[:, -1].notna().any():
@@ -85,7 +90,7 @@ def read_csv(path: Path) -> pd.DataFrame:
         texts = pd.read_csv(path, dtype="string", **options)
     frame = pd.read_csv(path, **options)
     for name in frame.columns[[pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]:
-        if texts[name].str.match(r"\s*0\d").any():
+        if texts[name].str.match(r"\s*(0\d|\+|\d+[eE]\d)").any():
             frame[name] = texts[name]
     return frame
 
@@ -98,6 +103,9 @@ def read_json_lines(path: Path) -> pd.DataFrame:
             if line.strip():
                 try:
                     rows.append(json.loads(line))
+                    if "\\ud" in line.lower():  # half a character, as emoji cut in two leave it
+                        whole = json.dumps(rows[-1], ensure_ascii=False).encode("utf-8", "replace")
+                        rows[-1] = json.loads(whole)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"line {number}: {error}") from error
                 if not isinstance(rows[-1], dict):
@@ -233,6 +241,12 @@ def of_kind(value, kind: str, column: str):
 def matching(frame: pd.DataFrame, conditions: Sequence[Condition]) -> list[str]:
     """Ids that meet all conditions; a picture without a value meets none."""
     chosen = pd.Series(True, index=frame.index)
+
+    def among(values: pd.Series, many) -> pd.Series:
+        if pd.api.types.is_numeric_dtype(values):  # as "=" compares, where isin would bring all to one kind
+            return reduce(or_, map(values.eq, many), pd.Series(False, index=values.index, dtype="boolean"))
+        return values.isin(many)
+
     for column, operator, value in conditions:
         values = frame[column]
         compare = {
@@ -242,8 +256,8 @@ def matching(frame: pd.DataFrame, conditions: Sequence[Condition]) -> list[str]:
             "<=": values.le,
             ">": values.gt,
             ">=": values.ge,
-            "in": values.isin,
-            "not in": lambda many, values=values: ~values.isin(many),
+            "in": partial(among, values),
+            "not in": lambda many, values=values: ~among(values, many),
         }
         chosen &= compare[operator](value).fillna(False).astype(bool) & values.notna()
     return chosen.index[chosen].tolist()

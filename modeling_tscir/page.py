@@ -59,6 +59,15 @@ def upload(**options) -> gr.Image:
 
     image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], **options)
     image.preprocess = preprocess  # a class of our own would make Gradio write a file beside this one
+    kept = image.async_move_resource_to_block_cache
+
+    async def uploaded_here(source) -> str | None:
+        """Gradio fetches whatever public address a request names, of any size, before it comes to `preprocess`."""
+        if str(source).lower().startswith(("http://", "https://")):
+            raise gr.Error("This picture was not uploaded here.", print_exception=False)
+        return await kept(source)
+
+    image.async_move_resource_to_block_cache = uploaded_here
     return image
 
 

@@ -117,6 +117,8 @@ def test_an_index_and_its_recall(run, indexed, picture_folder):
     assert "index       Flat" in run("info", indexed)[1]
     code, _, err = run("index", picture_folder, "-o", indexed, "--index", "NONSENSE")
     assert code == 2 and "does not understand" in err and "index       Flat" in run("info", indexed)[1]
+    code, _, err = run("index", picture_folder, "-o", indexed, "--index", "IVF4096,Flat")
+    assert code == 2 and "do not make" in err and "index       Flat" in run("info", indexed)[1]
     code, _, err = run("index", picture_folder, "-o", indexed, "--index", "none")
     assert code == 0 and "index       " not in run("info", indexed)[1]
 

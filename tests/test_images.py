@@ -224,3 +224,16 @@ def test_only_the_middle_of_a_very_elongated_picture_is_enlarged(size):
     short, long = sorted(found.size)
     assert short == min(size) and 30 * short <= long <= 32 * short and (max(size) - long) % 2 == 0
     assert max(pad_to_aspect_ratio(image, 1.25).size) <= max(2048, 33 * min(size))
+
+
+def test_a_picture_that_stands_twice_is_checked_once(tmp_path):
+    """As two threads must not load one file."""
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    for _ in range(3):
+        with Image.open(tmp_path / "a.png") as lazy:
+            assert find_bad_images([lazy] * 8, list("abcdefgh")) == []
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:5000])
+    with Image.open(tmp_path / "b.png") as broken:
+        bad = find_bad_images([broken, tmp_path / "a.png", broken], ["x", "y", "z"])
+    assert [name for name, _ in bad] == ["x", "z"] and bad[0][1] == bad[1][1]

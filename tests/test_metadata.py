@@ -1,6 +1,7 @@
 import json
 
 import datasets
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import noise
@@ -93,6 +94,40 @@ def test_leading_zeros_are_kept(tmp_path):
     assert frame["gtin"].tolist() == ["04006381333931", "7"]
     assert kinds_of(frame) == {"gtin": "text", "price": "number", "share": "number"}
     assert frame.loc["a"].tolist()[1:] == [10, 0.5]
+
+
+def test_codes_that_look_like_numbers_are_kept(tmp_path):
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,article,phone,loss\na,12E3,+4915,5e-05\nb,12000,7,1.5E3\n", "utf-8"
+    )
+    frame = read_metadata(tmp_path, None, "")
+    assert frame["article"].tolist() == ["12E3", "12000"] and frame["phone"].tolist() == ["+4915", "7"]
+    assert frame["loss"].tolist() == [5e-05, 1500]
+
+
+def test_blanks_behind_the_commas_of_a_csv_file_are_no_part_of_names_and_values(tmp_path):
+    (tmp_path / "metadata.csv").write_text('file_name, price, colour\na, 10, "red, dark"\nb, 20, blue\n', "utf-8")
+    frame = read_metadata(tmp_path, None, "")
+    assert list(frame.columns) == ["price", "colour"] and frame["colour"].tolist() == ["red, dark", "blue"]
+    assert matching(frame, [("price", "<", 15)]) == ["a"]
+
+
+def test_half_an_emoji_is_a_question_mark(tmp_path):
+    row = json.dumps({"file_name": "a", "title": "nice \ud83d", "whole": "\U0001f600"})
+    (tmp_path / "metadata.jsonl").write_text(row + "\n", "utf-8")
+    frame = read_metadata(tmp_path, None, "")
+    assert frame["title"].tolist() == ["nice ?"] and frame["whole"].tolist() == ["\U0001f600"]
+
+
+def test_among_several_is_equal_to_one_of_them(tmp_path):
+    """Also for fractions of fp32, as Parquet files hold them, and for long whole numbers beside fractions."""
+    columns = {"file_name": ["a", "b"], "price": np.array([0.1, 0.2], np.float32), "number": [2**53 + 1, 5]}
+    pd.DataFrame(columns).to_parquet(tmp_path / "metadata.parquet")
+    frame = read_metadata(tmp_path, tmp_path / "metadata.parquet", "")
+    for column, one in (("price", 0.1), ("number", 2**53 + 1)):
+        assert matching(frame, [(column, "=", one)]) == matching(frame, [(column, "in", [one, 0.5])]) == ["a"]
+        assert matching(frame, [(column, "not in", [one, 0.5])]) == ["b"]
+        assert matching(frame, [(column, "in", [])]) == []
 
 
 def test_rows_of_a_csv_file_may_end_with_a_comma(tmp_path):

@@ -59,6 +59,18 @@ def test_links_to_what_is_away_lose_nothing(make_gallery, picture_folder, stage2
     assert gallery.add(picture_folder, stage2, processor, progress=False).removed == 1
 
 
+def test_what_is_gone_from_a_linked_folder_is_gone(make_gallery, picture_folder, stage2, processor, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for i in range(2):
+        noise(i).save(tmp_path / f"disk/{i}.png")
+    (picture_folder / "holiday").symlink_to(tmp_path / "disk")
+    gallery = make_gallery()
+    assert "holiday/0.png" in gallery
+    (tmp_path / "disk/0.png").unlink()
+    assert gallery.add(picture_folder, stage2, processor, progress=False).removed == 1
+    assert "holiday/0.png" not in gallery and "holiday/1.png" in gallery
+
+
 def test_a_pictures_folder_that_moved_or_is_named_through_a_link(
     make_gallery, picture_folder, stage2, processor, tmp_path
 ):

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from PIL import Image
@@ -94,6 +95,35 @@ def test_no_path_of_this_machine_can_be_reached(address, picture_folder, cir, tm
     for picture in ({"path": own}, {"path": own, "url": own}, {"path": "x.png", "url": own}):
         answer = search(address, picture | {"meta": {"_type": "gradio.FileData"}}, "red")
         assert answer["event"] != "complete", picture
+
+
+def test_nothing_is_fetched_from_elsewhere(address, pictures, monkeypatch):
+    """Which Gradio would do for any public address, whole, whatever its size, before anything of ours looks at it."""
+    asked = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    async def resolved(hostname: str) -> str:
+        return "127.0.0.1"  # as if that were a public address
+
+    monkeypatch.setattr("safehttpx.async_validate_url", resolved)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for scheme in ("http", "HTTP"):
+            said = f"{scheme}://example.org:{server.server_port}/x.png"
+            for picture in ({"path": said}, {"path": "x.png", "url": said}, {"path": None, "url": said}):
+                answer = search(address, picture | {"meta": {"_type": "gradio.FileData"}}, "red")
+                assert answer["event"] != "complete", picture
+        server.shutdown()
+    assert not asked
+    path = upload(address, png(pictures[0])).json()[0]
+    assert search(address, {"path": path, "meta": {"_type": "gradio.FileData"}}, "red")["event"] == "complete"
 
 
 def test_uploads_are_bounded_in_size_and_number(address, pictures, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRModel, TSCIRProcessor
 from modeling_tscir.adapters import lora_layers
@@ -55,6 +55,35 @@ def test_a_reference_is_one_file_and_is_uploaded_whole_or_not_at_all(stage2, tmp
     assert [path.name for path in (tmp_path / "m").glob("*.safetensors*")] == ["tscir_delta.safetensors"]
     with pytest.raises(ValueError, match=r"upload by model.push_to_hub"):
         stage2.save_pretrained(tmp_path / "n", backbone="reference", push_to_hub=True)
+
+
+@pytest.mark.parametrize("form", ["full", "reference"])
+def test_a_save_that_fails_leaves_what_was_there(stage2, clip_dir, tmp_path, form, monkeypatch):
+    def files() -> dict[str, bytes]:
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    stage2.save_adapter(tmp_path / "kept")
+    stage2.load_adapter(tmp_path / "kept", "further")
+    stage2.save_pretrained(tmp_path, backbone=form)
+    before = files()
+    with torch.no_grad():
+        next(iter(stage2.mapper.parameters())).add_(1)
+
+    def write(self, folder, **kwargs):
+        (tmp_path / "config.json").write_text("half", "utf-8")
+        (tmp_path / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PreTrainedModel, "save_pretrained", write)
+        for other in ("full", "reference"):
+            with pytest.raises(OSError, match="No space left"):
+                stage2.save_pretrained(tmp_path, backbone=other)
+            assert files() == before
+    other = {"full": "reference", "reference": "full"}[form]
+    stage2.save_pretrained(tmp_path, backbone=other)
+    assert ("model.safetensors" in files()) == (other == "full") and not list(tmp_path.rglob("*.old"))
+    assert torch.equal(*(next(iter(m.mapper.parameters())) for m in (stage2, TSCIRModel.from_pretrained(tmp_path))))
 
 
 def test_a_clip_that_lacks_tensors_is_refused(clip, clip_dir, tmp_path):
