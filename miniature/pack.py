@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--trained_dir", type=Path, required=True)
     args = parser.parse_args()
     model = TSCIRModel.from_pretrained(args.trained_dir, dtype=torch.float16)
-    model.config.backbone_name_or_path = "../miniature_clip"
+    model.config.backbone_name_or_path = model.config.clip_config._name_or_path = "../miniature_clip"
     model.save_pretrained(MINIATURE_CHECKPOINT, backbone="reference")
     TSCIRProcessor.from_pretrained(args.trained_dir).save_pretrained(MINIATURE_CHECKPOINT)
     for code in MINIATURE_CHECKPOINT.glob("*.py"):  # the package itself is the code

@@ -16,7 +16,7 @@ from miniature.compare import CLIP
 
 
 GRIDS = ["components", "paper", "queries", "alternatives", "number", "quality", "baselines", "readout", "forgetting",
-         "tasks", "choices", "bare_prompts", "second_clip"]  # fmt: skip
+         "tasks", "choices", "second_clip"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -2,6 +2,7 @@ import io
 import itertools
 import json
 import random
+import re
 
 import pytest
 from conftest import ROOT
@@ -234,6 +235,11 @@ def test_fashioniq_and_circo_layouts(world):
         assert record["reference_img_id"] not in truths
     path = root / f"CIRCO/COCO2017_unlabeled/unlabeled2017/{truths[0]:012d}.jpg"
     assert Image.open(io.BytesIO(path.read_bytes())).format == "JPEG"
+
+
+def test_stored_configurations_name_no_folder_of_a_machine():
+    for path in (ROOT / "modeling_tscir").rglob("*.json"):
+        assert not re.search(r'": "(/|[A-Z]:|~)', path.read_text("utf-8")), path
 
 
 def test_stored_weights_are_small():
