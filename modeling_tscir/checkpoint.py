@@ -73,9 +73,11 @@ def replacing(paths: list[Path]) -> Iterator[None]:
     def remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    aside = {path: path.with_name(f".{path.name}.old") for path in paths if path.exists()}
-    for path, old in aside.items():
+    hidden = {path: path.with_name(f".{path.name}.old") for path in paths}
+    for old in hidden.values():
         remove(old)  # of a process that was killed
+    aside = {path: old for path, old in hidden.items() if path.exists()}
+    for path, old in aside.items():
         os.replace(path, old)
     try:
         yield

@@ -81,6 +81,7 @@ def test_a_save_that_fails_leaves_what_was_there(stage2, clip_dir, tmp_path, for
                 stage2.save_pretrained(tmp_path, backbone=other)
             assert files() == before
     other = {"full": "reference", "reference": "full"}[form]
+    (tmp_path / ".model.safetensors.old").write_bytes(b"of a process that was killed")
     stage2.save_pretrained(tmp_path, backbone=other)
     assert ("model.safetensors" in files()) == (other == "full") and not list(tmp_path.rglob("*.old"))
     assert torch.equal(*(next(iter(m.mapper.parameters())) for m in (stage2, TSCIRModel.from_pretrained(tmp_path))))
