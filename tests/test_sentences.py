@@ -103,6 +103,7 @@ def test_adapters_that_are_merged_or_deleted_meanwhile(stage2, composed, tmp_pat
 
 @torch.no_grad()
 def test_a_state_is_computed_once_and_padding_never(stage2, processor):
+    processor.image_template, processor.prompt_template = "a photo of {image}", "a photo of {image} that {text}"
     texts = ["red", "that red red", ""]
     prompts, asked = processor.compose(texts), processor(text=texts)["input_ids"]
     ids, mask = prompts["input_ids"], prompts["pseudo_mask"]

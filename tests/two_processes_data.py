@@ -30,6 +30,7 @@ def main(data: str, model: str, cache: str, output: str) -> None:
     found |= {"bad": torch.tensor([int(where.split()[1].rstrip(",")) for where, _ in bad + more])}
     found |= {"decoded": torch.tensor(len(decoded))}
     save_file({k: v.contiguous() for k, v in found.items()}, f"{output}-{accelerator.process_index}.safetensors")
+    accelerator.end_training()  # or the group's threads may end the process by a signal
 
 
 if __name__ == "__main__":
