@@ -40,7 +40,6 @@ def main(folder: Path) -> None:
             objective.zero_grad()
     if accelerator.is_main_process:
         save_file(found, folder / f"gradients-{accelerator.num_processes}.safetensors")
-    accelerator.end_training()  # or the group's threads may end the process by a signal
 
 
 if __name__ == "__main__":
