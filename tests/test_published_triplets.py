@@ -168,6 +168,9 @@ def test_another_set_does_not_take_the_place_of_one_that_is_there(tmp_path, coco
     (tmp_path / "rtd.json").write_text(json.dumps(RTD), "utf-8")
     with pytest.raises(SystemExit, match="out holds other data, of lasco, .* choose another folder"):
         run(tmp_path, "rtd", tmp_path / "rtd.json")
+    (tmp_path / "out/left_out.txt").unlink()  # as where somebody chose among these triplets, or wrote them anew
+    with pytest.raises(SystemExit, match="out holds other data, of lasco, .* choose another folder"):
+        run(tmp_path, "lasco", tmp_path / "lasco.json", "--image_dir", coco)
     assert len(load_dataset(str(tmp_path / "out"), split="train")) == 3
 
 

@@ -237,7 +237,7 @@ def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
     if old.is_dir() and not final.is_dir():
         os.replace(old, final)  # a run was killed as it put the new in its place
     held = {name for file in sorted(final.glob("[!.]*")) for name in sources_of(file)}
-    if held - {args.source}:
+    if held - {args.source} or (held and not (args.output_dir / "left_out.txt").is_file()):
         raise ValueError(
             f"{args.output_dir} holds other data, of {', '.join(sorted(held))}, which this would replace; choose "
             "another folder"
