@@ -29,6 +29,7 @@ from ablation_measures import FORGETTING, READOUT, RETRIEVAL
 from ablation_report import collect, report, summarise
 from ablation_tasks import TASKS
 
+from miniature.worlds import ALL_FURTHER, FURTHER
 from modeling_tscir import TSCIRConfig
 from modeling_tscir.processing_tscir import IMAGE_TEMPLATE, PROMPT_TEMPLATE
 
@@ -54,7 +55,8 @@ class Grid:
     evaluated with a `residual` and a `weight` of its queries, in a `dtype`. What all runs have unless they say
     otherwise is given once: `stage2`, arguments, and `queries`, of these three. A claim names two runs, the better one
     first, and may add one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or one of the measure's
-    metrics, of which it is then alone. `measure`, one of MEASURES, is what runs are compared by.
+    metrics, of which it is then alone. `measure`, one of MEASURES, is what runs are compared by, in the further
+    `worlds` of these of ALL_FURTHER, of which no training shows a scene.
     """
 
     seeds: list[int]
@@ -62,6 +64,7 @@ class Grid:
     runs: dict[str, dict]
     claims: dict[str, list[str]]
     measure: str = "retrieval"
+    worlds: list[str] = field(default_factory=lambda: list(FURTHER))
     stage2: dict = field(default_factory=dict)
     queries: dict = field(default_factory=dict)
 
@@ -70,9 +73,9 @@ class Grid:
         """Raises `ValueError` for keys that are unknown or missing, and for runs and stages that are not there."""
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         content = content if isinstance(content, dict) else {}
-        if set(content) - {"measure", "stage2", "queries"} != {"seeds", "stage1", "runs", "claims"}:
+        if set(content) - {"measure", "worlds", "stage2", "queries"} != {"seeds", "stage1", "runs", "claims"}:
             raise ValueError(
-                f"{path} needs seeds, stage1, runs and claims, and may have measure, stage2 and queries; "
+                f"{path} needs seeds, stage1, runs and claims, and may have measure, worlds, stage2 and queries; "
                 f"it has {', '.join(map(str, content)) or 'none of them'}"
             )
         for what in ("stage1", "runs"):
@@ -82,6 +85,11 @@ class Grid:
                     raise ValueError(f"{path}, {where}: names with what each has, {{}} for nothing, not {given!r}")
         if content.get("measure", "retrieval") not in MEASURES:
             raise ValueError(f"{path}: measure is one of {', '.join(MEASURES)}, not {content['measure']!r}")
+        worlds = content.get("worlds", list(FURTHER))
+        if not isinstance(worlds, list) or not worlds or not set(worlds) <= set(ALL_FURTHER):
+            raise ValueError(f"{path}: worlds is a list of {', '.join(ALL_FURTHER)}, not {worlds!r}")
+        if set(worlds) != set(FURTHER) and content.get("measure", "retrieval") != "retrieval":
+            raise ValueError(f"{path}: worlds other than {', '.join(FURTHER)} are for measure retrieval alone")
         grid = cls(**content)
         for what in ("stage1", "runs"):
             names = getattr(grid, what)
@@ -121,9 +129,12 @@ class Grid:
     def definition(self, name: str) -> dict:
         """All that a run's results depend on, but its seed and this package's defaults."""
         run = self.runs[name]
+        compared = {"measure": self.measure}
+        if set(self.worlds) != set(FURTHER):
+            compared["worlds"] = self.worlds
         if "method" in run:
-            return {"measure": self.measure} | run
-        own = run | {"stage1": self.stage1[run["stage1"]], "measure": self.measure}
+            return compared | run
+        own = run | {"stage1": self.stage1[run["stage1"]]} | compared
         own |= {key: value for key, value in self.queries.items() if key not in run}
         return own | ({"stage2": self.stage2 | run["stage2"]} if "stage2" in run else {})
 
@@ -297,7 +308,7 @@ def main() -> None:
         "--results_dir", type=Path, help="values, tables, report; OUTPUT_DIR/results/CONFIG unless told"
     )
     parser.add_argument("--clip", type=Path, help="another stand-in CLIP, for new folders")
-    parser.add_argument("--world", default="val", choices=["val", "test"], help="choose on val, read test once")
+    parser.add_argument("--world", default="val", choices=list(ALL_FURTHER), help="choose on val, read test once")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the configuration's")
     parser.add_argument("--runs", nargs="+", help="these of the configuration's alone, and the claims about them")
     parser.add_argument("--jobs", type=int, default=max(1, os.cpu_count() or 1), help="trainings at a time")
@@ -314,6 +325,8 @@ def main() -> None:
         whole = Grid.read(args.config)
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(f"error: {error}")
+    if args.world not in whole.worlds:
+        sys.exit(f"error: {args.config} has the worlds {', '.join(whole.worlds)}, and no {args.world}")
     grid = whole.only(args.runs or list(whole.runs))
     seeds = args.seeds or grid.seeds
     flags = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
@@ -325,7 +338,7 @@ def main() -> None:
     files = {(name, seed): runner.result(name, seed) for seed in seeds for name in grid.runs}
     if not all(file.is_file() for file in files.values()):
         mixtures = {mixture_of(run) for run in grid.runs.values()} - {None}
-        make_data(args.output_dir, seeds, mixtures)
+        make_data(args.output_dir, seeds, mixtures, grid.worlds)
         MEASURES[grid.measure].prepare(args.output_dir, results)
     # Seed by seed, so that an interrupted grid has whole seeds.
     work = {(name, seed): runner.run(name, grid.runs[name], grid, seed) for name, seed in files}
@@ -356,16 +369,17 @@ def main() -> None:
 
 
 def gather(folder: Path) -> list[dict]:
-    """What every grid in a folder says of its claims on test, and of the same on val; figures are shares."""
+    """What every grid in a folder says of its claims on test or final, and of the same on val; figures are shares."""
     kept = ("verdict", "effect", "ci_low", "ci_high")
     found = []
-    for path in sorted(folder.glob("*/test/claims.json")):
+    for path in sorted([*folder.glob("*/test/claims.json"), *folder.glob("*/final/claims.json")]):
         before = path.parents[1] / "val" / "claims.json"
         known = {}
         if before.is_file():
             known = {claim["claim"]: claim for claim in json.loads(before.read_text(encoding="utf-8"))}
         for claim in json.loads(path.read_text(encoding="utf-8")):
-            own = {"grid": path.parents[1].name, "claim": claim["claim"]} | {name: claim[name] for name in kept}
+            own = {"grid": path.parents[1].name, "world": path.parent.name, "claim": claim["claim"]}
+            own |= {name: claim[name] for name in kept}
             if claim["claim"] in known:
                 own["val"] = {name: known[claim["claim"]][name] for name in kept}
             found.append(own)
@@ -381,11 +395,11 @@ def table_of(claims: list[dict]) -> str:
         effect, low, high = (f"{100 * claim[name]:+.1f}" for name in ("effect", "ci_low", "ci_high"))
         return f"{effect} ({low} to {high}) | {claim['verdict']}"
 
-    lines = ["# Every claim on the test worlds, and on val", ""]
+    lines = ["# Every claim on the test worlds or the final ones, and on val", ""]
     lines += ["Percentage points with 95% intervals; verdicts are Holm-corrected within each grid and world.", ""]
     lines += ["| grid | claim | effect | verdict | effect on val | verdict on val |", "|---|---|---|---|---|---|"]
     for claim in claims:
-        report_of = f"[{claim['grid']}]({claim['grid']}/test/report.md)"
+        report_of = f"[{claim['grid']}]({claim['grid']}/{claim['world']}/report.md)"
         lines.append(f"| {report_of} | {claim['claim']} | {told(claim)} | {told(claim.get('val'))} |")
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ sys.path.append(str(ROOT))
 from miniature.build import build_further, write_captions, write_triplets  # noqa: E402
 from miniature.compare import CLIP  # noqa: E402
 from miniature.scenes import KINDS_NOT_IN_TRIPLETS, allowed_in_stage1, allowed_in_triplets  # noqa: E402
-from miniature.worlds import further_scene_worlds  # noqa: E402
+from miniature.worlds import ALL_FURTHER, FURTHER, further_scene_worlds  # noqa: E402
 from modeling_tscir import TSCIRModel, TSCIRProcessor  # noqa: E402
 from modeling_tscir.backbone import backbone_fingerprint  # noqa: E402
 
@@ -124,14 +124,28 @@ def triplets_of(output: Path, seed: int, mixture: Mixture | None) -> Path:
     return of_seed(output, seed) / ("triplets" if mixture is None else mixture.folder)
 
 
-def make_data(output: Path, seeds: list[int], mixtures: set[Mixture] = frozenset()) -> None:
-    """The worlds' benchmarks and, for each seed, captions and triplets of its own, unless they are there."""
-    writers: dict[Path, Callable[[Path], None]] = {output / "worlds": build_further}
+def make_data(
+    output: Path, seeds: list[int], mixtures: set[Mixture] = frozenset(), splits: Sequence[str] = tuple(FURTHER)
+) -> None:
+    """The benchmarks of these splits' worlds and, for each seed, captions and triplets of its own, unless they are
+    there. Training data show no scene of val, of test or of these splits.
+
+    Raises:
+        `ValueError` if the folder was made for other splits, whose training data may show what these ask for.
+    """
+    worlds = output / "worlds"
+    if worlds.is_dir() and (missing := [split for split in splits if not (worlds / ALL_FURTHER[split][0]).is_dir()]):
+        raise ValueError(
+            f"{output} was made for other worlds, and its training data may show scenes of {', '.join(missing)}; name "
+            "another --output_dir"
+        )
+    further = tuple(split for split in ALL_FURTHER if split in FURTHER or split in splits)
+    writers: dict[Path, Callable[[Path], None]] = {worlds: partial(build_further, splits=splits)}
     for seed in seeds:
-        writers[of_seed(output, seed)] = partial(write_training_data, seed=seed)
+        writers[of_seed(output, seed)] = partial(write_training_data, seed=seed, further=further)
         pools = output / f"pools-{seed}"
         pool_writers = {
-            "edits": partial(write_triplets, seed=seed, further=True, number=POOL),
+            "edits": partial(write_triplets, seed=seed, further=further, number=POOL),
             "templates": partial(write_templates, captions=of_seed(output, seed), clip=clip_folder(output), seed=seed),
         }
         for mixture in sorted(mixtures, key=lambda m: m.folder):
@@ -147,9 +161,9 @@ def make_data(output: Path, seeds: list[int], mixtures: set[Mixture] = frozenset
             part.rename(folder)
 
 
-def write_training_data(folder: Path, seed: int) -> None:
-    write_captions(folder, seed, further=True)
-    write_triplets(folder, seed, further=True)
+def write_training_data(folder: Path, seed: int, further: tuple[str, ...]) -> None:
+    write_captions(folder, seed, further)
+    write_triplets(folder, seed, further)
 
 
 def write_templates(folder: Path, captions: Path, clip: Path, seed: int) -> None:

@@ -21,7 +21,7 @@ from miniature.build import pictures
 from miniature.compare import BENCHMARKS, SHOWN, clusters_of, query_values, read_benchmark
 from miniature.language import full_caption
 from miniature.scenes import Scene, random_scene
-from miniature.worlds import FURTHER
+from miniature.worlds import ALL_FURTHER, FURTHER
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_texts
 from modeling_tscir.feature_cache import cached, digest, feature_key, file_fingerprints
@@ -53,8 +53,8 @@ class Measure:
 
 
 def splits_of_worlds(output: Path):
-    """Of val's and test's benchmarks in each of their worlds: val or test, world, benchmark, arguments and splits."""
-    for split, worlds in FURTHER.items():
+    """Of each further world that is there: val, test or final, world, benchmark, arguments and splits."""
+    for split, worlds in ALL_FURTHER.items():
         for world in worlds:
             for folder, benchmark in BENCHMARKS.items():
                 if (output / "worlds" / world / folder).is_dir():

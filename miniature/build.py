@@ -31,6 +31,7 @@ from miniature.language import full_caption, modification, noun_phrase, scene_ca
 from miniature.render import render
 from miniature.scenes import Scene
 from miniature.worlds import (
+    ALL_FURTHER,
     FURTHER,
     GarmentQuery,
     SceneWorld,
@@ -87,7 +88,7 @@ def write_parquet(path: Path, columns: dict[str, list], images: Sequence[str]) -
     Dataset.from_dict(columns, features=features).to_parquet(path)
 
 
-def write_captions(output: Path, seed: int, further: bool = False) -> None:
+def write_captions(output: Path, seed: int, further: tuple[str, ...] = ()) -> None:
     rng = random.Random(f"captions {seed}")
     scenes = stage1_scenes(f"stage1 {seed}", further)
     things: list[Scene | Garment] = list(itertools.islice(scenes, NUM_CAPTIONED_SCENES))
@@ -97,7 +98,7 @@ def write_captions(output: Path, seed: int, further: bool = False) -> None:
     write_parquet(output / "captions" / "train-00000-of-00001.parquet", columns, images=["image"])
 
 
-def write_triplets(output: Path, seed: int, further: bool = False, number: int | None = None) -> None:
+def write_triplets(output: Path, seed: int, further: tuple[str, ...] = (), number: int | None = None) -> None:
     """True edits in the training wordings, two of each reference."""
     rng = random.Random(f"triplets {seed}")
     drawn = training_groups(f"triplets {seed}", for_triplets=True, further=further)
@@ -174,9 +175,12 @@ def write_fashioniq(output: Path, world: str) -> None:
     write_garment_queries(output / world / "FashionIQ", world, garment_worlds()[world].queries)
 
 
-def write_garment_queries(root: Path, world: str, queries: dict[str, tuple[GarmentQuery, ...]]) -> None:
-    """FashionIQ's layout, with `queries` among the pictures of `world`."""
-    rng = random.Random(f"fashioniq {world}")
+def write_garment_queries(
+    root: Path, world: str, queries: dict[str, tuple[GarmentQuery, ...]], drawn_as: str | None = None
+) -> None:
+    """FashionIQ's layout, with `queries` among `world`'s garments; another name to draw as gives other pictures."""
+    drawn_as = drawn_as or world
+    rng = random.Random(f"fashioniq {drawn_as}")
     worlds = garment_worlds()[world]
     for category in CATEGORIES:
         name = FASHIONIQ_NAMES[category]
@@ -190,7 +194,7 @@ def write_garment_queries(root: Path, world: str, queries: dict[str, tuple[Garme
             pair = [garment_clause(query.target, field, world, rng) for field in query.fields]
             captions.append({"target": names[query.target], "candidate": names[query.reference], "captions": pair})
         files = [root / "images" / f"{garment}.png" for garment in garments]
-        write_pictures(files, list(garments.values()), f"fashioniq {world} {name}")
+        write_pictures(files, list(garments.values()), f"fashioniq {drawn_as} {name}")
         write_json(root / f"captions/cap.{name}.val.json", captions)
         write_json(root / f"image_splits/split.{name}.val.json", list(garments))
 
@@ -272,18 +276,20 @@ def is_world(folder: Path) -> bool:
     return card.is_file() and card.read_bytes() == CARD.read_bytes()
 
 
-def build_further(output: Path, per_category: int = 1400) -> None:
-    """The further worlds' benchmarks, at least 4,000 queries each for val and for test.
+def build_further(output: Path, splits: Sequence[str] = tuple(FURTHER), per_category: int = 1400) -> None:
+    """The further worlds' benchmarks, at least 4,000 queries each for each of these of ALL_FURTHER.
 
     CIRR's layout in two worlds (4,800 queries), CIRCO's in four, FashionIQ's once, with `per_category` queries among
     the pictures that the world has anyway, since there are no more garments.
     """
-    for world, names in FURTHER.items():
+    for split in splits:
+        names = ALL_FURTHER[split]
         for name in names[:2]:
             write_cirr(output, name)
         for name in names:
             write_circo(output, name)
-        write_garment_queries(output / names[0] / "FashionIQ", world, garment_pairs(world, per_category))
+        pairs = garment_pairs(split, per_category)
+        write_garment_queries(output / names[0] / "FashionIQ", wordings_of(names[0]), pairs, drawn_as=split)
 
 
 def main() -> None:

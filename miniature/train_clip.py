@@ -39,7 +39,7 @@ from miniature.garments import Garment
 from miniature.language import change_caption, full_caption, modification, scene_caption
 from miniature.render import IMAGE_SIZE, render
 from miniature.scenes import Edit, Scene
-from miniature.worlds import lookalike_sets, scene_worlds, training_garments, training_groups
+from miniature.worlds import FURTHER, lookalike_sets, scene_worlds, training_garments, training_groups
 from modeling_tscir.losses import info_nce_loss
 
 
@@ -129,7 +129,8 @@ class Batches:
         self.rng = random.Random(seed)
         self.things: list[Scene | Garment] = []
         self.changes: dict[int, tuple[Scene, Edit]] = {}  # how a picture came from another scene, by its place
-        for group in itertools.islice(training_groups(f"clip {seed}", for_triplets=False, further=True), num_groups):
+        groups = training_groups(f"clip {seed}", for_triplets=False, further=tuple(FURTHER))
+        for group in itertools.islice(groups, num_groups):
             self.things.append(group.reference)
             for scene in self.rng.sample(group.scenes[1:], GROUP_SIZE - 1):
                 if scene in group.targets:
@@ -137,7 +138,7 @@ class Batches:
                     self.changes[len(self.things)] = (group.reference, edit)
                 self.things.append(scene)
         self.num_grouped = len(self.things)
-        for scenes in itertools.islice(lookalike_sets(f"clip {seed}", further=True), num_sets):
+        for scenes in itertools.islice(lookalike_sets(f"clip {seed}", further=tuple(FURTHER)), num_sets):
             self.things += scenes
         self.num_scenes = len(self.things)
         self.things += itertools.islice(training_garments(f"clip {seed}"), num_garments)

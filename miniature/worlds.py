@@ -28,6 +28,8 @@ GROUPS = {"val": 300, "test": 600}  # four queries and nine pictures each
 FILLERS = {"val": 300, "test": 600}  # pictures that belong to no group
 FURTHER_GROUPS = FURTHER_FILLERS = 600  # in each further world
 FURTHER = {"val": tuple(f"val-{i}" for i in range(1, 5)), "test": tuple(f"test-{i}" for i in range(1, 5))}
+# What was read before everything was chosen tells of later choices no more: these wait for one last reading.
+ALL_FURTHER = FURTHER | {"final": tuple(f"test-{i}" for i in range(5, 9))}
 GARMENT_QUERIES = {"val": 200, "test": 400}  # in each of the three categories
 GARMENT_FILLERS = {"val": 300, "test": 600}
 
@@ -78,13 +80,13 @@ def scene_worlds() -> dict[str, SceneWorld]:
 
 @functools.cache
 def further_scene_worlds() -> dict[str, SceneWorld]:
-    """Four more worlds for each of val and test, none of whose scenes is in another, for finer comparisons.
+    """ALL_FURTHER's worlds, none of whose scenes is in another, for finer comparisons.
 
-    Training sets leave them out where `reserved_scenes(further=True)` is given. The stored CLIP was trained without
-    that knowledge: it has met one in 200 of their scenes of two shapes, and most scenes of one.
+    Training sets leave out those that are named to `reserved_scenes`. The stored CLIP was trained without that
+    knowledge: it has met one in 200 of their scenes of two shapes, and most scenes of one.
     """
     taken = set(reserved_scenes())
-    names = [name for pair in zip(*FURTHER.values(), strict=True) for name in pair]
+    names = [name for pair in zip(*FURTHER.values(), strict=True) for name in pair] + list(ALL_FURTHER["final"])
     return {name: draw_scene_world(name, FURTHER_GROUPS, FURTHER_FILLERS, taken) for name in names}
 
 
@@ -115,18 +117,22 @@ def garment_worlds() -> dict[str, GarmentWorld]:
     return worlds
 
 
-def garment_pairs(world: str, per_category: int) -> dict[str, tuple[GarmentQuery, ...]]:
-    """Further queries in `world`'s galleries: random pairs that differ in two attributes, each pair once."""
+def garment_pairs(split: str, per_category: int) -> dict[str, tuple[GarmentQuery, ...]]:
+    """Further queries in the galleries of `split`, final's in those of test: random pairs that differ in two
+    attributes, each pair once, and none in two splits."""
+    world = "test" if split == "final" else split
+    known = garment_pairs("test", per_category) if split == "final" else {}
     queries = {}
     for category in CATEGORIES:
         source = garment_worlds()[world]
         garments = [g for query in source.queries[category] for g in query[:2]] + list(source.fillers[category])
-        rng = random.Random(f"pairs {world} {category}")
+        rng = random.Random(f"pairs {split} {category}")
+        before = {query[:2] for query in (*known[category], *source.queries[category])} if known else set()
         drawn: dict[tuple[Garment, Garment], GarmentQuery] = {}
         while len(drawn) < per_category:
             reference, target = rng.sample(garments, 2)
             changed = changed_fields(reference, target)
-            if len(changed) == 2:
+            if len(changed) == 2 and (reference, target) not in before:
                 rng.shuffle(changed)
                 drawn[reference, target] = GarmentQuery(reference, target, (changed[0], changed[1]))
         queries[category] = tuple(drawn.values())
@@ -134,8 +140,10 @@ def garment_pairs(world: str, per_category: int) -> dict[str, tuple[GarmentQuery
 
 
 @functools.cache
-def reserved_scenes(further: bool = False) -> frozenset[tuple]:
-    worlds = [*scene_worlds().values(), *(further_scene_worlds().values() if further else ())]
+def reserved_scenes(further: tuple[str, ...] = ()) -> frozenset[tuple]:
+    """Keys of all scenes of val and test, and of the further worlds of these of ALL_FURTHER."""
+    names = [name for split in further for name in ALL_FURTHER[split]]
+    worlds = [*scene_worlds().values(), *(further_scene_worlds()[name] for name in names)]
     return frozenset(
         scene.key
         for world in worlds
@@ -153,10 +161,10 @@ def reserved_garments() -> frozenset[Garment]:
     )
 
 
-def training_groups(seed: str, for_triplets: bool, further: bool = False) -> Iterator[Group]:
+def training_groups(seed: str, for_triplets: bool, further: tuple[str, ...] = ()) -> Iterator[Group]:
     """Groups of near-duplicates of the training world, without end; `for_triplets` leaves out what those lack.
 
-    With `further`, scenes of the further worlds are left out as well.
+    Scenes of the `further` worlds of these splits are left out as well.
     """
     rng = random.Random(seed)
     kinds = frozenset(KINDS) - KINDS_NOT_IN_TRIPLETS if for_triplets else frozenset(KINDS)
@@ -170,7 +178,7 @@ def training_groups(seed: str, for_triplets: bool, further: bool = False) -> Ite
         yield group
 
 
-def lookalike_sets(seed: str, further: bool = False) -> Iterator[tuple[Scene, ...]]:
+def lookalike_sets(seed: str, further: tuple[str, ...] = ()) -> Iterator[tuple[Scene, ...]]:
     """Sets of eight scenes, without end, that differ in nothing but which shapes they show and where."""
     rng = random.Random(seed)
     reserved = reserved_scenes(further)
@@ -186,7 +194,7 @@ def lookalike_sets(seed: str, further: bool = False) -> Iterator[tuple[Scene, ..
                 break
 
 
-def stage1_scenes(seed: str, further: bool = False) -> Iterator[Scene]:
+def stage1_scenes(seed: str, further: tuple[str, ...] = ()) -> Iterator[Scene]:
     rng = random.Random(seed)
     reserved = reserved_scenes(further)
     while True:

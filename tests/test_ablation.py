@@ -89,6 +89,8 @@ def test_only_the_pools_that_mixtures_take_from_are_made(monkeypatch, tmp_path, 
         ({"stage1": {"full": None}}, "stage1, 'full': names with what each has, {} for nothing, not None"),
         ({"runs": None}, "runs: names with what each has"),
         ({"runs": {"a": None}}, "runs, 'a': names with"),
+        ({"worlds": ["test-1"]}, r"worlds is a list of val, test, final, not \['test-1'\]"),
+        ({"worlds": ["final"], "measure": "tasks"}, "worlds other than val, test are for measure retrieval alone"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(tmp_path, change, message):
@@ -122,7 +124,7 @@ def test_results_of_another_run_are_not_taken_for_this_ones(tmp_path):
     runner = Runner(tmp_path, tmp_path / "results", 1, [])
     runner.settle(GRID)
     runner.settle(GRID.only(["other"]))
-    changes = ({"queries": {"weight": 0.5}}, {"stage2": {"gce_q": 0}}, {"measure": "tasks"},
+    changes = ({"queries": {"weight": 0.5}}, {"stage2": {"gce_q": 0}}, {"measure": "tasks"}, {"worlds": ["final"]},
                {"stage1": GRID.stage1 | {"full": {"max_steps": 3}}},
                {"runs": GRID.runs | {"whole": {"method": "sum", "weight": 0.1}}})  # fmt: skip
     for change in changes:

@@ -34,6 +34,7 @@ from miniature.scenes import (
     apply,
 )
 from miniature.worlds import (
+    ALL_FURTHER,
     further_scene_worlds,
     garment_pairs,
     garment_worlds,
@@ -71,18 +72,31 @@ def test_no_scene_is_in_two_worlds_or_twice_in_one():
 def test_further_worlds_share_no_scene_with_any_other_or_with_the_training_that_leaves_them_out():
     keys = [s.key for groups, fillers in further_scene_worlds().values() for g in groups for s in g.scenes]
     keys += [s.key for _, fillers in further_scene_worlds().values() for s in fillers]
-    assert len({*keys}) == len(keys) == 8 * 6000 and not {*keys} & reserved_scenes()
-    assert reserved_scenes(further=True) == reserved_scenes() | {*keys}
-    groups = itertools.islice(training_groups("any", for_triplets=True, further=True), 2000)
+    assert len({*keys}) == len(keys) == 12 * 6000 and not {*keys} & reserved_scenes()
+    every = tuple(ALL_FURTHER)
+    assert reserved_scenes(every) == reserved_scenes() | {*keys}
+    assert len(reserved_scenes(("val", "test"))) == len(reserved_scenes()) + 8 * 6000
+    groups = itertools.islice(training_groups("any", for_triplets=True, further=every), 2000)
     assert not {s.key for g in groups for s in g.scenes} & {*keys}
-    assert not {s.key for s in itertools.islice(stage1_scenes("any", further=True), 5000)} & {*keys}
+    assert not {s.key for s in itertools.islice(stage1_scenes("any", further=every), 5000)} & {*keys}
 
 
 def test_lookalikes_differ_in_shapes_and_places_alone_and_are_in_no_world():
-    for scenes in itertools.islice(lookalike_sets("any", further=True), 300):
-        assert len({s.key for s in scenes}) == 8 and not {s.key for s in scenes} & reserved_scenes(further=True)
+    for scenes in itertools.islice(lookalike_sets("any", further=("test",)), 300):
+        assert len({s.key for s in scenes}) == 8 and not {s.key for s in scenes} & reserved_scenes(("test",))
         seen = {(s.background, *sorted((o.colour, o.texture, o.size) for o in s.shapes)) for s in scenes}
         assert len(seen) == 1
+
+
+def test_the_final_garment_queries_are_pairs_that_test_has_not():
+    first = {q[:2] for queries in garment_worlds()["test"].queries.values() for q in queries}
+    further = {q[:2] for queries in garment_pairs("test", 300).values() for q in queries}
+    final = {q[:2] for queries in garment_pairs("final", 300).values() for q in queries}
+    assert len(final) == 900 and not final & (first | further)
+    assert {g for pair in final for g in pair} <= {
+        g for c, queries in garment_worlds()["test"].queries.items()
+        for g in (*garment_worlds()["test"].fillers[c], *(g for q in queries for g in q[:2]))
+    }  # fmt: skip
 
 
 def test_further_garment_queries_are_pairs_of_the_gallery_that_two_captions_tell_apart():
