@@ -41,7 +41,7 @@ METHODS = {
     "image": set(),
     "sum": {"weight"},
     "slerp": {"weight"},
-    "combiner": {"epochs", "learning_rate", "triplets"},
+    "combiner": {"epochs", "learning_rate", "stop_after", "triplets"},
 }
 # How a trained model's queries are made, where it is not as its configuration says, and in which precision.
 QUERIES = ("residual", "weight", "dtype")

@@ -3,16 +3,17 @@ took from CLIP's own retrieval."""
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from ablation_data import DEVICE, plain_clip  # and puts the project's folder on the path
-from combiner import fit_combiner
+from combiner import Combiner, fit_combiner
 from datasets import Image, load_dataset
 from harness import compose, embed_pictures, rank
 from splits import Split
@@ -128,13 +129,8 @@ def composer(
         return composed
     if run["method"] != "combiner":
         return lambda part, pictures: compose(run["method"], *clip, part, pictures, run.get("weight"))
-    rows = load_dataset("parquet", data_files=str(Path(run["triplets"]) / "*.parquet"), split="train")
-    references, targets = (
-        embed_images(*clip, rows.cast_column(name, Image(decode=False))[name]) for name in ("reference", "target")
-    )
-    texts = embed_texts(*clip, list(rows["modification"]))
     more = {name: run[name] for name in ("epochs", "learning_rate") if name in run}
-    combiner = fit_combiner(references, texts, targets, clip[0].logit_scale, run["seed"], **more)
+    *_, combiner = islice(fit_on_triplets(clip, Path(run["triplets"]), run["seed"], **more), run.get("stop_after"))
 
     @torch.no_grad()
     def queries(part: Split, pictures: torch.Tensor) -> torch.Tensor:
@@ -142,6 +138,18 @@ def composer(
         return combiner(pictures[torch.tensor(part.references)], told)
 
     return queries
+
+
+def fit_on_triplets(
+    clip: tuple[TSCIRModel, TSCIRProcessor], triplets: Path, seed: int, **choices
+) -> Iterator[Combiner]:
+    """`fit_combiner` on a folder of triplets, which is given the choices."""
+    rows = load_dataset("parquet", data_files=str(triplets / "*.parquet"), split="train")
+    references, targets = (
+        embed_images(*clip, rows.cast_column(name, Image(decode=False))[name]) for name in ("reference", "target")
+    )
+    texts = embed_texts(*clip, list(rows["modification"]))
+    return fit_combiner(references, texts, targets, clip[0].logit_scale, seed, **choices)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

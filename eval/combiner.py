@@ -4,6 +4,8 @@ Frozen CLIP gives both embeddings; what is trained reads them, and mixes them wi
 paper's description.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -44,8 +46,8 @@ def fit_combiner(
     epochs: int = 30,
     learning_rate: float = 1e-3,
     batch_size: int = 256,
-) -> Combiner:
-    """A combiner trained by InfoNCE on embeddings [N, D] of triplets, all L2-normalised."""
+) -> Iterator[Combiner]:
+    """A combiner, trained by InfoNCE on embeddings [N, D] of triplets, all L2-normalised; given after each epoch."""
     torch.manual_seed(seed)
     combiner = Combiner(references.shape[1])
     steps = max(1, len(texts) // batch_size) * epochs
@@ -53,6 +55,7 @@ def fit_combiner(
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
+        combiner.train()
         order = torch.randperm(len(texts), generator=generator)
         for rows in order[: len(order) // batch_size * batch_size or None].split(batch_size):
             loss = info_nce_loss(combiner(references[rows], texts[rows]), targets[rows], logit_scale)
@@ -60,4 +63,4 @@ def fit_combiner(
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
-    return combiner.eval()
+        yield combiner.eval()

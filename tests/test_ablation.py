@@ -62,6 +62,22 @@ def test_only_the_pools_that_mixtures_take_from_are_made(monkeypatch, tmp_path, 
     assert len(rows) == 40 and {quality.split()[0] for quality in rows["quality"]} == pools
 
 
+def test_training_data_leave_out_the_worlds_that_a_grid_asks_for(monkeypatch, tmp_path):
+    left_out = []
+    monkeypatch.setattr(ablation_data, "build_further", lambda folder, splits: [
+        (folder / ablation_data.ALL_FURTHER[split][0]).mkdir(parents=True) for split in splits])  # fmt: skip
+    monkeypatch.setattr(ablation_data, "write_training_data",
+                        lambda folder, seed, further: (folder.mkdir(), left_out.append(further)))  # fmt: skip
+    ablation_data.make_data(tmp_path / "usual", [3])
+    ablation_data.make_data(tmp_path / "last", [3], splits=["final"])
+    assert left_out == [("val", "test"), ("val", "test", "final")]
+    with pytest.raises(ValueError, match="usual was made for other worlds, .* may show scenes of final; name another"):
+        ablation_data.make_data(tmp_path / "usual", [4], splits=["final"])
+    with pytest.raises(ValueError, match="last was made for other worlds"):
+        ablation_data.make_data(tmp_path / "last", [4])
+    assert len(left_out) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

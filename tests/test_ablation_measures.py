@@ -36,7 +36,7 @@ def test_the_combiner_learns_what_a_sum_cannot():
     generator = torch.Generator().manual_seed(0)
     images, texts = (F.normalize(torch.randn(600, 12, generator=generator), dim=-1) for _ in range(2))
     targets = F.normalize(images - texts, dim=-1)
-    combiner = fit_combiner(images[:500], texts[:500], targets[:500], 20.0, seed=0, epochs=60, batch_size=100)
+    *_, combiner = fit_combiner(images[:500], texts[:500], targets[:500], 20.0, seed=0, epochs=60, batch_size=100)
     with torch.no_grad():
         queries = combiner(images[500:], texts[500:])
     assert torch.allclose(queries.norm(dim=-1), torch.ones(100), atol=1e-5)

@@ -1,0 +1,57 @@
+from argparse import Namespace
+from dataclasses import replace
+
+import ablation_trials
+import harness
+import pytest
+import torch
+from ablation_data import settle_clip
+from ablation_measures import RETRIEVAL
+from fashioniq import FASHIONIQ
+from harness import embed_pictures
+from splits import Split
+
+from modeling_tscir import TSCIRModel
+from modeling_tscir.embedding import embed_images
+
+
+@pytest.fixture
+def split(pictures):
+    return Split(image_ids=list("abcdef"), sources=pictures, files=[(name,) for name in "abcdef"], query_ids=[0, 1, 2],
+                 references=[3, 0, 3], texts=[("red",), ("a", "b"), ("c",)], annotation_files=(),
+                 truths=[[1], [2], [0]])  # fmt: skip
+
+
+def test_queries_of_parts_are_those_that_a_grid_evaluates(clip_dir, stage0, processor, pictures, split):
+    mapper = TSCIRModel.from_clip_pretrained(clip_dir, num_pseudo_words=2, num_injection_blocks=0)
+    mapper.add_mapper()
+    one = ablation_trials.Asked(FASHIONIQ, "val-1", "dress", split, embed_images(stage0, processor, pictures))
+    parts = ablation_trials.parts_of(one, mapper.eval(), processor)
+    for residual, weight in ((0, 0), (0.75, 0.2), (1.5, 0), (0, 0.6)):
+        told = {"residual": residual, "weight": weight}
+        expected = harness.compose("tscir", mapper, processor, split, one.pictures, **told)
+        torch.testing.assert_close(ablation_trials.composed(one, parts, **told), expected, atol=1e-5, rtol=0)
+
+
+def test_every_share_is_asked_of_val_alone(clip_dir, stage0, processor, split, tmp_path, monkeypatch):
+    settle_clip(tmp_path, tmp_path / "trials", clip_dir)
+    monkeypatch.setattr(ablation_trials, "RETRIEVAL", replace(RETRIEVAL, primary=("fashioniq_recall_at_10",)))
+    monkeypatch.setattr(ablation_trials, "SHARES", [0.0, 0.3, 1.0])
+    args = Namespace(cache_dir=None, on_bad_image="error", batch_size=8, dtype="float32")
+    worlds = [(name, f"{name}-1", FASHIONIQ, args, {"dress": split}) for name in ("val", "test")]
+    monkeypatch.setattr(ablation_trials, "splits_of_worlds", lambda output: iter(worlds))
+    asked = ablation_trials.asked_of_val(tmp_path)
+    assert [one.world for one in asked] == ["val-1"]
+    rows = ablation_trials.of_shares(tmp_path, "sum")
+    assert [row["weight"] for row in rows] == [0.0, 0.3, 1.0]
+    pictures = embed_pictures(stage0, processor, split, args)
+    for row in rows:
+        queries = harness.compose("sum", stage0, processor, split, pictures, row["weight"])
+        assert row["mean"] == ablation_trials.figures(asked, [queries])["mean"]
+
+
+def test_every_baseline_has_as_many_trials_as_the_method_took():
+    for method, trainings in ablation_trials.TRAININGS.items():
+        prompts = sum(1 if "prompt_template" in choices else 2 for choices in trainings.values())
+        assert prompts * len(ablation_trials.RESIDUALS) * len(ablation_trials.WEIGHTS) > 250, method
+    assert len(set(ablation_trials.SHARES)) > 250 and len(ablation_trials.RATES) * ablation_trials.EPOCHS > 250
