@@ -20,8 +20,9 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from ablation import Runner, slug
+from ablation import Runner
 from ablation_data import clip_folder, make_data, of_seed, plain_clip, settle_clip, triplets_of
+from ablation_grid import slug
 from ablation_measures import RETRIEVAL, embed_worlds, fit_on_triplets, load_trained, pseudo_words, splits_of_worlds
 from harness import embed_pictures, mix, rank
 from splits import Split

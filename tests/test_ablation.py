@@ -8,8 +8,9 @@ import ablation_data
 import pandas as pd
 import pytest
 import yaml
-from ablation import MEASURES, Grid, Runner
+from ablation import Runner
 from ablation_data import MET, Mixture, settle_clip
+from ablation_grid import MEASURES, Grid
 from conftest import ROOT
 
 from miniature.compare import CLIP

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from ablation import MEASURES
 from ablation_data import settle_clip
+from ablation_grid import MEASURES
 from combiner import fit_combiner
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from ablation import MEASURES
 from ablation_data import MET, NEW_KIND, NOVELTIES
+from ablation_grid import MEASURES
 from ablation_measures import write_table
 from ablation_report import report, summarise
 from conftest import ROOT
