@@ -56,12 +56,17 @@ class Grid:
                 f"{path} needs seeds, stage1, runs and claims, and may have measure, worlds, stage2 and queries; "
                 f"it has {', '.join(map(str, content)) or 'none of them'}"
             )
+        for what in ("claims", "stage2", "queries"):
+            if not isinstance(content.get(what, {}), dict):
+                raise ValueError(f"{path}, {what}: names with what each has, {{}} for nothing, not {content[what]!r}")
+        if not isinstance(content["seeds"], list) or not all(type(seed) is int for seed in content["seeds"]):
+            raise ValueError(f"{path}: seeds is a list of whole numbers, not {content['seeds']!r}")
         for what in ("stage1", "runs"):
             for name, given in [(None, content[what]), *dict(content[what] or {}).items()]:
                 if not isinstance(given, dict):
                     where = what if name is None else f"{what}, {name!r}"
                     raise ValueError(f"{path}, {where}: names with what each has, {{}} for nothing, not {given!r}")
-        if content.get("measure", "retrieval") not in MEASURES:
+        if str(content.get("measure", "retrieval")) not in MEASURES:
             raise ValueError(f"{path}: measure is one of {', '.join(MEASURES)}, not {content['measure']!r}")
         worlds = content.get("worlds", list(FURTHER))
         if not isinstance(worlds, list) or not worlds or not set(worlds) <= set(ALL_FURTHER):
@@ -85,7 +90,7 @@ class Grid:
                 allowed = {name: METHODS[name] for name in MEASURES[grid.measure].methods}
                 if run["method"] not in allowed or set(run) - allowed[run["method"]] - {"method"}:
                     raise ValueError(f"{path}, run {name!r}: methods and what they may have are {allowed}")
-            elif set(run) - {"stage1", "stage2", "triplets", *QUERIES} or run.get("stage1") not in grid.stage1:
+            elif set(run) - {"stage1", "stage2", "triplets", *QUERIES} or str(run.get("stage1")) not in grid.stage1:
                 raise ValueError(
                     f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2, triplets, "
                     + ", ".join(QUERIES)
@@ -97,10 +102,10 @@ class Grid:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, run {name!r}: {error}") from error
         for claim, pair in grid.claims.items():
-            if len(pair) not in (2, 3) or not set(pair[:2]) <= set(grid.runs):
+            if not isinstance(pair, list) or len(pair) not in (2, 3) or not set(map(str, pair[:2])) <= set(grid.runs):
                 raise ValueError(f"{path}, claim {claim!r}: {pair} are not two of the runs {list(grid.runs)}")
             known = (*(NOVELTIES if grid.measure == "retrieval" else ()), *MEASURES[grid.measure].shown)
-            if not set(pair[2:]) <= set(known):
+            if not set(map(str, pair[2:])) <= set(known):
                 raise ValueError(f"{path}, claim {claim!r}: {pair[2]!r} is none of {known}")
         return grid
 

@@ -4,7 +4,7 @@
 
 On the further worlds of val, seed 0: sum and slerp with 251 shares of the text; a combiner with four learning rates,
 asked after each of its epochs; mappers by the ways of Pic2Word, LinCIR and SEARLE with several trainings each, in both
-prompts, with 49 pairs of residual and text's share. Writes every trial, and prints each method's best.
+prompts, with 36 pairs of residual and text's share. Writes every trial, and prints each method's best.
 """
 
 import argparse
@@ -68,7 +68,7 @@ TRAININGS = {
     },
 }
 SHARES = [round(0.004 * i, 3) for i in range(251)]
-RESIDUALS, WEIGHTS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5), (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+RESIDUALS, WEIGHTS = (0, 0.25, 0.5, 0.75, 1, 1.25), (0, 0.1, 0.2, 0.3, 0.4, 0.5)
 RATES, EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2), 64
 
 
@@ -118,7 +118,7 @@ def figures(asked: list[Asked], queries: list[torch.Tensor]) -> dict[str, float]
     ):
         own = list(rows)
         splits = {one.category: one.split for one, _ in own}
-        ranked = {one.category: rank(one.split, query, one.pictures) for one, query in own}
+        ranked = {one.category: rank(one.split, query, one.pictures, k=1) for one, query in own}
         found = query_values(own[0][0].benchmark, splits, ranked)
         for metric in values.keys() & found.keys():
             values[metric].append(found[metric])

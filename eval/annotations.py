@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 
+WHERE = "docs/benchmarks.md says where it is had"
+
+
 def first_existing(candidates: Sequence[Path], what: str) -> Path:
     """The first candidate that exists, or a `ValueError` that names all of them."""
     for path in candidates:
         if path.exists():
             return path
     looked = ", ".join(str(path) for path in candidates)
-    raise ValueError(f"{what} not found; looked for {looked}. docs/benchmarks.md says where it is had")
+    raise ValueError(f"{what} not found; looked for {looked}; {WHERE}")
 
 
 def load_each(categories: Iterable[str], load: Callable[[str], Any]) -> dict[str, Any]:
@@ -42,16 +45,16 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing; docs/benchmarks.md says where it is had") from error
+        raise ValueError(f"{path} is missing; {WHERE}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {error}; {WHERE}") from error
 
 
 def read_records(path: Path) -> list[dict]:
     """A file that holds a list of records."""
     content = read_json(path)
     if not isinstance(content, list) or not all(isinstance(record, dict) for record in content) or not content:
-        raise ValueError(f"{path} should hold a list of records")
+        raise ValueError(f"{path} should hold a list of records, and at least one; {WHERE}")
     return content
 
 
@@ -59,7 +62,7 @@ def read_mapping(path: Path) -> dict:
     """A file that holds one object."""
     content = read_json(path)
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} should hold an object")
+        raise ValueError(f"{path} should hold an object that is not empty; {WHERE}")
     return content
 
 
@@ -102,32 +105,33 @@ def lookup(places: dict, name, where: str, path: Path) -> int:
     return places[name]
 
 
-def find_pictures(patterns: Sequence[str], names: Sequence[str]) -> list[Path]:
-    """A file for every name: the first pattern ("folder/{}.jpg") under which it exists.
+def find_pictures(folders: Sequence[Path], names: Sequence[str], suffixes: Sequence[str] = ("",)) -> list[Path]:
+    """A file for every name: the first folder, and in it the first suffix, under which it exists.
+
+    A name that is nowhere, where others are found, has its place in the first folder: whoever reads it learns that it
+    is missing.
 
     Raises:
-        ValueError: with the number of missing pictures, the first of them, and where was looked.
+        ValueError: if there is none of them, and where was looked.
     """
 
     @functools.cache
     def listing(folder: str) -> frozenset[str]:
         return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
-    found, missing = [], []
-    patterns = list(patterns)
+    bases = [(f"{folder}/", suffix) for folder in folders for suffix in suffixes]
+    found, missing = [], 0
     for name in names:
-        for i, pattern in enumerate(patterns):
-            path = os.path.normpath(pattern.replace("{}", name))
-            if os.path.basename(path) in listing(os.path.dirname(path)):
-                found.append(Path(path))
-                patterns.insert(0, patterns.pop(i))  # most pictures lie where the last one lay
-                break
-        else:
-            missing.append(name)
-    if missing:
-        looked = ", ".join(pattern.replace("{}", "*") for pattern in sorted(patterns))
+        inner, _, own = name.removeprefix("./").rpartition("/")
+        inner = f"{inner}/" if inner else ""
+        there = (f"{base}{inner}{own}{end}" for base, end in bases if f"{own}{end}" in listing(base + inner))
+        path = next(there, None)
+        missing += path is None
+        found.append(Path(path or f"{folders[0]}/{inner}{own}{suffixes[0]}"))
+    if missing == len(names):
+        looked = ", ".join(f"{base}*{end}" for base, end in bases)
         raise ValueError(
-            f"{len(missing)} of {len(names)} pictures are missing, first {missing[:5]}; looked for {looked}. "
+            f"{missing} of {len(names)} pictures are missing, first {list(names[:5])}; looked for {looked}. "
             "docs/benchmarks.md says how they must lie"
         )
     return found

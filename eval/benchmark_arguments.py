@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tscir"
+DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tscir"
 METHODS = ("tscir", "image", "text", "sum", "slerp")
 PADDING = {"model": "as the model's processor says", "clip": None, "squarepad": 1.0, "targetpad": 1.25}
 DTYPES = ("float32", "bfloat16", "float16")

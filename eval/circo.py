@@ -73,7 +73,7 @@ def load(args: argparse.Namespace) -> dict[str, Split]:
     if args.split != "val":
         del columns["truths"]
     folders = [folder / below for folder in coco for below in ("unlabeled2017", ".")]
-    paths = find_pictures([f"{folder}/{{}}.jpg" for folder in folders], [f"{i:012d}" for i in ids])
+    paths = find_pictures(folders, [f"{i:012d}" for i in ids], [".jpg"])
     return {
         "": Split(
             image_ids=[str(i) for i in ids],

@@ -24,6 +24,7 @@ from modeling_tscir.metrics import recall_at_k
 
 RECALLS, SUBSET_RECALLS = (1, 5, 10, 50), (1, 2, 3)
 FILE_SPLITS = {"val": "val", "test": "test1"}
+SET_SIZE = 6
 SUBMISSION_LENGTHS = {"recall": 50, "recall_subset": 3}
 SUBMISSION_MAX_BYTES = 5 * 2**20
 
@@ -47,8 +48,8 @@ def load(args: argparse.Namespace) -> dict[str, Split]:
         reference = lookup(places, field(record, "reference", str, where), where, split_file)
         members = list_of(field(record, "img_set", dict, where), "members", str, f"{where}, img_set")
         members = [lookup(places, name, where, split_file) for name in members]
-        if len(set(members)) < len(members) or reference not in members:
-            raise ValueError(f"{where}: img_set should hold different pictures, the reference among them")
+        if len(set(members)) < len(members) or reference not in members or len(members) != SET_SIZE:
+            raise ValueError(f"{where}: img_set should hold {SET_SIZE} different pictures, the reference among them")
         columns["query_ids"].append(field(record, "pairid", int, where))
         columns["references"].append(reference)
         columns["texts"].append((field(record, "caption", str, where),))
@@ -60,7 +61,7 @@ def load(args: argparse.Namespace) -> dict[str, Split]:
             columns["truths"].append([target])
     index_of(columns["query_ids"], captions_file, "queries")
     bases = (root.parent, root, root / "img_raw", root.parent / "img_raw", root.parent / "images", root / "images")
-    paths = find_pictures([f"{base}/{{}}" for base in bases], list(files.values()))
+    paths = find_pictures(bases, list(files.values()))
     if args.split != "val":
         del columns["truths"]
     return {

@@ -77,7 +77,7 @@ def load_category(args: argparse.Namespace, category: str) -> Split:
         columns["references"] = [new[i] for i in columns["references"]]
         columns["truths"] = [[new[i] for i in row] for row in columns["truths"]]
     folders = [root / "images", root / "images" / category, root / category, root / "resized_image", root]
-    paths = find_pictures([f"{folder}/{{}}.{kind}" for folder in folders for kind in ("jpg", "png", "jpeg")], names)
+    paths = find_pictures(folders, names, [".jpg", ".png", ".jpeg"])
     return Split(
         image_ids=names,
         sources=[str(path) for path in paths],

@@ -97,6 +97,8 @@ def load_task(args: argparse.Namespace, task: str) -> Split:
         columns["texts"].append((field(record, "condition", str, where),))
         columns["truths"].append([target])
         others = [place(picture) for picture in list_of(record, "gallery", dict, where)]
+        if not others:
+            raise ValueError(f"{where} has an empty gallery, in which its target would always come first")
         columns["candidates"].append([target, *others])
     paths = find_task_pictures(data_dir, [number for number, _ in places], of_objects)
     boxes = [box for _, box in places]
@@ -113,9 +115,9 @@ def load_task(args: argparse.Namespace, task: str) -> Split:
 def find_task_pictures(data_dir: Path, numbers: Sequence[int], of_objects: bool) -> list[Path]:
     if of_objects:
         folders = ("val2017", "coco2017/val2017", "COCO_val2017", "coco/val2017", "coco2017")
-        return find_pictures([f"{data_dir}/{folder}/{{}}.jpg" for folder in folders], [f"{n:012d}" for n in numbers])
+        return find_pictures([data_dir / folder for folder in folders], [f"{n:012d}" for n in numbers], [".jpg"])
     folders = ("VG_100K_all", "VG_100K", "VG_100K_2", "visual_genome/VG_100K_all", "Visual_Genome/VG_100K_all")
-    return find_pictures([f"{data_dir}/{folder}/{{}}.jpg" for folder in folders], [str(n) for n in numbers])
+    return find_pictures([data_dir / folder for folder in folders], [str(n) for n in numbers], [".jpg"])
 
 
 def metrics(splits: dict[str, Split], ranked: dict[str, Ranked]) -> dict[str, float]:

@@ -113,7 +113,10 @@ def embed_pictures(model: TSCIRModel, processor: TSCIRProcessor, split: Split, a
     """Every picture's embedding [N, D], L2-normalised, from the cache where it is there."""
 
     def compute() -> torch.Tensor:
-        return embed_images(model, processor, split.sources, args.batch_size, progress="pictures")
+        embeds = embed_images(model, processor, split.sources, args.batch_size, progress="pictures")
+        if not torch.isfinite(embeds).all():
+            raise ValueError("picture embeddings hold NaN or infinite values, and are not kept; try another --dtype")
+        return embeds
 
     return cached(args.cache_dir, picture_key(model, processor, split), compute)
 
@@ -223,13 +226,13 @@ def run(
     benchmark: Benchmark, splits: dict[str, Split], model: TSCIRModel, processor: TSCIRProcessor, args
 ) -> dict[str, object]:
     """Evaluate loaded splits, write results.json, rankings.parquet and submissions, and return the results."""
+    method, weight, residual = effective_method(model, args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for name in ("results.json", "rankings.parquet", *benchmark.submission_files):
         (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
     keys = {category: picture_key(model, processor, split) for category, split in splits.items()}
     whole = splits
     splits, skipped = readable(splits, keys, args)
-    method, weight, residual = effective_method(model, args)
     ranked = {}
     for category, split in splits.items():
         image_embeds = embed_pictures(model, processor, split, args)

@@ -18,7 +18,7 @@ from circo import CIRCO
 from cirr import CIRR
 from fashioniq import FASHIONIQ
 from genecis import GENECIS
-from harness import Benchmark, check_data, load_model, parse_arguments, run
+from harness import Benchmark, check_data, effective_method, load_model, parse_arguments, run
 from results import notes
 from safetensors import SafetensorError
 
@@ -116,10 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.check_data:
             check_all(args)
             return
-        for name in ("table.md", "results.json"):
-            (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
         loaded = load_all(args)
         model = load_model(args)
+        effective_method(model[0], args)  # a wrong choice is refused before anything is read
+        for name in ("table.md", "results.json"):
+            (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
         results = {name: run(BENCHMARKS[name], splits, *model, own) for name, (own, splits) in loaded.items()}
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 import re
+import shutil
 import threading
 import warnings
 from collections.abc import Iterator
@@ -159,6 +160,7 @@ class AdapterMixin:
         tensors = get_peft_model_state_dict(text_model, adapter_name=name, save_embedding_layers=False)
         tensors = {PEFT_PREFIX + k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", **self._fingerprints()})
+        shutil.copymode(folder / "adapter_config.json", folder / ADAPTER_WEIGHTS)  # its owner alone could read it
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget a further composing adapter. Raises `ValueError` for the model's own and unknown ones."""

@@ -51,7 +51,8 @@ def feature_key(model, processor, content: Sequence) -> str:
     # Of the tensors as they are: those of a checkpoint saved whole may be other than the backbone it was trained with.
     tensors = model.clip.state_dict().items()
     backbone = fingerprint_of_tensors({k.replace(".base_layer", ""): v for k, v in tensors if ".lora_" not in k})
-    how = [str(model.dtype), architecture_of(model), preprocessing_of(processor), *MADE_BY]
+    reader = type(processor.image_processor).__name__  # two of one preprocessing differ by a level or so
+    how = [str(model.dtype), architecture_of(model), reader, preprocessing_of(processor), *MADE_BY]
     return digest([backbone, *how, content])
 
 
@@ -87,7 +88,7 @@ def pictures_digest(pictures: Iterable[dict]) -> str:
 
 
 def is_cached(folder: str | os.PathLike, key: str) -> bool:
-    return _path(folder, key).is_file()
+    return os.path.isfile(_path(folder, key))
 
 
 def cached(folder: str | os.PathLike | None, key: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -101,7 +102,7 @@ def cached(folder: str | os.PathLike | None, key: str, compute: Callable[[], tor
 
 def kept(folder: str | os.PathLike | None, key: str) -> torch.Tensor | None:
     """The tensor kept under `key`; None if it is not there, or with a warning if it cannot be read."""
-    if folder is None or not (path := _path(folder, key)).is_file():
+    if folder is None or not os.path.isfile(path := _path(folder, key)):  # nor where the folder is closed to us
         return None
     try:
         return load_file(path)["features"]
@@ -118,7 +119,10 @@ def keep(folder: str | os.PathLike | None, key: str, features: torch.Tensor) -> 
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        mode = part.stat().st_mode
         save_file({"features": features.contiguous()}, part)
+        part.chmod(mode)  # safetensors lets its owner alone read it, and a cache may be shared
         os.replace(part, path)  # never half a file under its name
     except (OSError, SafetensorError) as error:
         logger.warning(f"{path} cannot be written ({error}); the next run computes it again")

@@ -1,5 +1,6 @@
 """Retrieval metrics from ranks. A rank is 1 for the best; equal scores count against the method (see `ranking.py`)."""
 
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,11 +41,20 @@ def ranks_of_truths(scores: Sequence[float], truths: Sequence[int], exclude: Seq
     return at_least - earlier_equals
 
 
+def check_k(k: int) -> None:
+    if not isinstance(k, numbers.Integral) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k is a whole number from 1 on, not {k!r}")
+
+
 def recall_at_k(ranks: Sequence[int], k: int) -> float:
-    """Share of queries whose target stands at rank `k` or better. `ranks` [Q]: each query's target's."""
+    """Share of queries whose target stands at rank `k` or better. `ranks` [Q]: each query's target's, from 1 on."""
+    check_k(k)
     if len(ranks) == 0:
         raise ValueError("there are no queries")
-    return float((np.asarray(ranks) <= k).mean())
+    ranks = np.asarray(ranks)
+    if ranks.min() < 1:
+        raise ValueError(f"ranks begin with 1; {ranks.min()} is of no target")
+    return float((ranks <= k).mean())
 
 
 def average_precision_at_k(ranks: Sequence[int], k: int) -> float:
@@ -55,8 +65,11 @@ def average_precision_at_k(ranks: Sequence[int], k: int) -> float:
     Args:
         ranks: rank of each of the query's truths, in any order; zeros are ignored.
     """
+    check_k(k)
     ranks = np.sort(np.asarray(ranks))
     ranks = ranks[ranks > 0]
+    if len(ranks) == 0:
+        raise ValueError("a query has no truths")
     found = ranks[ranks <= k]
     return float((np.arange(1, len(found) + 1) / found).sum() / min(len(ranks), k))
 

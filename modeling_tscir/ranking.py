@@ -10,6 +10,8 @@ import torch
 
 SCORES_AT_A_TIME = 2**24  # 64 MiB of fp32
 QUERIES_AT_A_TIME = 64  # at least: with fewer, reading the gallery takes longer than the product
+# With fewer, a product's kernel may score equal gallery rows unequally, and a truth would stand before its copies.
+QUERIES_THAT_TIE = 16
 
 
 class Ranking(NamedTuple):
@@ -60,8 +62,12 @@ def rank_gallery(
     blocks = []
     for start in range(0, len(query_embeds), block_size):
         rows = slice(start, start + block_size)
+        asked = query_embeds[rows].to(gallery_embeds.dtype)
+        number = len(asked)
+        if truths is not None and number < QUERIES_THAT_TIE:
+            asked = asked[torch.arange(QUERIES_THAT_TIE, device=asked.device) % number]
         with full_precision(gallery_embeds):
-            scores = (query_embeds[rows].to(gallery_embeds.dtype) @ gallery_embeds.T).float()  # [block, N]
+            scores = (asked @ gallery_embeds.T)[:number].float()  # [block, N]
         if not torch.isfinite(scores.sum()):  # cosines do not overflow, and one NaN or infinity makes the sum one
             raise ValueError("gallery embeddings hold NaN or infinite values")
         if exclude is not None:

@@ -70,9 +70,6 @@ def test_files_need_not_be_in_the_order_of_their_names(folder):
 
 
 def test_what_is_missing_is_named(folder):
-    (folder / "dev/val-3.png").unlink()
-    with pytest.raises(ValueError, match=r"1 of 6 pictures are missing.*val-3\.png"):
-        load(folder)
     path = folder / "cirr/captions/cap.rc2.val.json"
     records = json.loads(path.read_text("utf-8"))
     for change, message in (
@@ -82,7 +79,8 @@ def test_what_is_missing_is_named(folder):
         ({"img_set": {}}, "record 1, img_set lacks 'members'"),
         ({"pairid": 10}, "lists 1 queries more than once"),
         ({"img_set": {"members": [["val-1"]]}}, r"img_set has 'members' = \[\['val-1'\]\], which is no list of str"),
-        ({"img_set": {"members": ["val-0", "val-2"]}}, "img_set should hold different pictures, the reference among"),
+        ({"img_set": {"members": ["val-0", "val-2"]}}, "img_set should hold 6 different pictures, the reference"),
+        ({"img_set": {"members": ["val-1", "val-2", "val-3", "val-4", "val-5"]}}, "should hold 6 different pictures"),
     ):
         write_json(path, [records[0], records[1] | change, records[2]])
         with pytest.raises(ValueError, match=message):
@@ -158,6 +156,30 @@ def test_bad_pictures_are_refused_or_skipped_and_reported(run_script, folder, mo
     assert "1 pictures were skipped, and with them 2 queries" in capsys.readouterr().out
     assert (results["cirr_num_queries"], results["cirr_num_gallery_images"]) == (1, 5)
     assert rankings.query_id.tolist() == ["12"]
+
+
+def test_a_picture_that_is_not_there_is_named_or_skipped_like_one_that_cannot_be_read(
+    run_script, folder, model_dir, capsys
+):
+    for name in ("val-1.png", "val-4.png"):
+        (folder / "dev" / name).unlink()
+    flags = ["--model_name_or_path", model_dir, "--data_dir", folder]
+    with pytest.raises(SystemExit, match=r"(?s)2 of 6 pictures.*val-1: missing.*val-4: missing.*--on_bad_image skip"):
+        run_script(cirr.CIRR, *flags)
+    results, _ = run_script(cirr.CIRR, *flags, "--on_bad_image", "skip")
+    assert results["skipped_images"] == ["val-1", "val-4"] and results["cirr_num_gallery_images"] == 4
+    (folder / "dev").rename(folder / "elsewhere")
+    with pytest.raises(SystemExit, match=r"6 of 6 pictures are missing.*looked for .*docs/benchmarks\.md says"):
+        run_script(cirr.CIRR, *flags, "--on_bad_image", "skip")
+
+
+def test_a_wrong_choice_is_refused_before_anything_is_read_or_removed(run_script, folder, clip_dir, tmp_path):
+    flags = ["--model_name_or_path", clip_dir, "--data_dir", folder]
+    run_script(cirr.CIRR, *flags, "--method", "slerp")
+    (folder / "dev/val-1.png").write_bytes(b"")
+    with pytest.raises(SystemExit, match="plain CLIP without a mapper; name a training-free method"):
+        run_script(cirr.CIRR, *flags, "--weight", "0.3")
+    assert (tmp_path / "out/results.json").is_file()
 
 
 def test_test_split_writes_valid_submissions(run_script, folder, model_dir, tmp_path, capsys):

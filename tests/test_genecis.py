@@ -173,6 +173,10 @@ def test_what_is_wrong_is_named(folder):
         write_json(path, records)
         with pytest.raises(ValueError, match=r"record 1 has the box .*, which is no \[x, y, width, height\]"):
             load(folder)
+    records[1]["gallery"] = []
+    write_json(path, records)
+    with pytest.raises(ValueError, match=r"focus_attribute\.json, record 1 has an empty gallery"):
+        load(folder)
     records[1]["gallery"] = [3, 4]
     write_json(path, records)
     with pytest.raises(ValueError, match=r"record 1 has 'gallery' = \[3, 4\], which is no list of dict"):

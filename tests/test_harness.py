@@ -2,11 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import circo
 import harness
 import pytest
 import torch
+from annotations import find_pictures
 from conftest import randomised
 from harness import compose, load_model, parse_arguments
 from PIL import Image
@@ -14,7 +16,7 @@ from test_circo import folder as folder  # noqa: PLC0414  (a fixture)
 
 from modeling_tscir import TSCIRProcessor
 from modeling_tscir.adapters import lora_layers
-from modeling_tscir.feature_cache import cached
+from modeling_tscir.feature_cache import cached, feature_key, is_cached, keep
 from modeling_tscir.images import pad_to_aspect_ratio
 
 
@@ -101,8 +103,57 @@ def test_check_data_says_what_is_there_and_what_is_missing(folder, monkeypatch, 
         harness.main(circo.CIRCO)
     for name in ("000000000042.jpg", "000000000005.jpg"):
         (pictures / name).unlink()
-    with pytest.raises(SystemExit, match=r"2 of 6 pictures are missing, first \['000000000005', '000000000042'\]"):
+    with pytest.raises(SystemExit, match=r"(?s)2 of 6 pictures cannot be read:\s+5: missing\s+42: missing"):
         harness.main(circo.CIRCO)
+
+
+def test_pictures_are_found_where_the_first_folder_has_them(tmp_path):
+    """One that the first folder lacks does not send those behind it elsewhere, nor does a folder's odd name."""
+    first, second = tmp_path / "a {} b" / "images", tmp_path / "resized"
+    for place in (first, second):
+        place.mkdir(parents=True)
+        for name in ("1.jpg", "2.jpg", "3.png", "3.jpg", "4.png"):
+            (place / name).touch()
+    (first / "2.jpg").unlink()
+    (tmp_path / "link").symlink_to(first)
+    found = find_pictures([tmp_path / "link" / ".." / "images", second], ["1", "2", "3", "4", "5"], [".jpg", ".png"])
+    link = tmp_path / "link" / ".." / "images"
+    assert found == [link / "1.jpg", second / "2.jpg", link / "3.jpg", link / "4.png", link / "5.jpg"]
+    assert found[0].is_file()
+    assert find_pictures([tmp_path], ["./resized/1.jpg"]) == [second / "1.jpg"]
+
+
+def test_embeddings_that_are_no_numbers_are_not_kept(run_script, folder, model_dir, monkeypatch, tmp_path):
+    flags = ["--model_name_or_path", model_dir, "--data_dir", folder]
+    embed_images = harness.embed_images
+    monkeypatch.setattr(harness, "embed_images", lambda *args, **kwargs: embed_images(*args, **kwargs) * float("nan"))
+    with pytest.raises(SystemExit, match="picture embeddings hold NaN or infinite values, and are not kept"):
+        run_script(circo.CIRCO, *flags)
+    monkeypatch.setattr(harness, "embed_images", embed_images)
+    results, _ = run_script(circo.CIRCO, *flags)
+    assert 0 <= results["circo_map_at_5"] <= 1
+
+
+def test_the_cache_is_read_by_others_and_its_own_loss_is_no_error(tmp_path, monkeypatch):
+    keep(tmp_path / "cache", "key", torch.ones(2, 2))
+    (tmp_path / "plain").touch()
+    path = tmp_path / "cache/key.safetensors"
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def closed(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", closed)  # as in a folder that is another user's
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: closed(None))
+    assert not is_cached(tmp_path / "cache", "key")
+    assert cached(tmp_path / "cache", "key", lambda: torch.zeros(1)).tolist() == [0]
+
+
+def test_features_are_of_the_class_that_read_the_pixels(stage0, processor, monkeypatch):
+    before = feature_key(stage0, processor, [])
+    other = type("CLIPImageProcessor", (type(processor.image_processor),), {})
+    monkeypatch.setattr(processor.image_processor, "__class__", other)
+    assert feature_key(stage0, processor, []) != before
 
 
 def test_what_is_needed_is_asked_for(folder, monkeypatch, capsys, model_dir):

@@ -30,6 +30,18 @@ def test_average_precision_equals_a_walk_down_the_ranking():
         assert average_precision_at_k(ranks, k) == pytest.approx(total / min(len(ranks), k))
 
 
+def test_ranks_begin_with_one_and_so_do_depths():
+    for wrong, message in (((([1, 0], 1)), "0 is of no target"), (([1], 0), "whole number from 1 on, not 0"),
+                           (([1], 1.5), "not 1.5"), (([], 1), "no queries")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            recall_at_k(*wrong)
+    with pytest.raises(ValueError, match="a query has no truths"):
+        mean_average_precision_at_k([[1], [0, 0]], 5)
+    with pytest.raises(ValueError, match="not 0"):
+        mean_average_precision_at_k([[1]], 0)
+    assert recall_at_k([1, 2], np.int64(1)) == 0.5
+
+
 def test_what_has_no_rank_is_refused():
     with pytest.raises(ValueError, match="1 scores are NaN"):
         ranks_of_truths([0.1, float("nan")], [0])

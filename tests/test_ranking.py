@@ -78,6 +78,19 @@ def slow_ranks(scores, truths, exclude):
     return [order.index(t) + 1 for t in truths]
 
 
+@pytest.mark.parametrize("width", [192, 768])
+def test_a_truth_stands_behind_its_copies_whoever_asks_beside_it(width):
+    """A product of few rows may score equal columns unequally."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        gallery = F.normalize(torch.randn(2297, width, generator=generator), dim=-1)
+        gallery[[-1, -2]] = gallery[0].clone()
+        query = F.normalize(gallery[:1] + 0.3 * torch.randn(1, width, generator=generator) / width**0.5, dim=-1)
+        for number in (1, 2, 3, 17):
+            ranks = rank_gallery(query.repeat(number, 1), gallery, 50, [[0]] * number).truth_ranks[:, 0]
+            assert ranks.tolist() == [3] * number
+
+
 def test_ranks_equal_a_slow_reference_on_rankings_with_ties():
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(-1, 2, (1200, 3), generator=generator).float()

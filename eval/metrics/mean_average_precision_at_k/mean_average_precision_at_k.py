@@ -1,5 +1,7 @@
 """mAP@k with several truths, as an `evaluate` module: `evaluate.load("eval/metrics/mean_average_precision_at_k")`."""
 
+import numbers
+
 import datasets
 import evaluate
 
@@ -51,5 +53,5 @@ class MeanAveragePrecisionAtK(evaluate.Metric):
                 ranks.append(ranks_of_truths(scores, truths, out))
             except ValueError as error:
                 raise ValueError(f"query {number}: {error}") from error
-        depths = [k] if isinstance(k, int) else k
+        depths = [k] if isinstance(k, numbers.Integral) else k
         return {f"map_at_{depth}": mean_average_precision_at_k(ranks, depth) for depth in depths}

@@ -1,5 +1,7 @@
 """Recall@k of retrieval, as a Hugging Face `evaluate` module: `evaluate.load("eval/metrics/recall_at_k")`."""
 
+import numbers
+
 import datasets
 import evaluate
 
@@ -43,5 +45,5 @@ class RecallAtK(evaluate.Metric):
                 ranks.append(int(ranks_of_truths(scores, [target], out)[0]))
             except ValueError as error:
                 raise ValueError(f"query {number}: {error}") from error
-        depths = [k] if isinstance(k, int) else k
+        depths = [k] if isinstance(k, numbers.Integral) else k
         return {f"recall_at_{depth}": recall_at_k(ranks, depth) for depth in depths}

@@ -1,5 +1,7 @@
 """Recall@k within each query's candidates: `evaluate.load("eval/metrics/subset_recall_at_k")`."""
 
+import numbers
+
 import datasets
 import evaluate
 
@@ -41,5 +43,5 @@ class SubsetRecallAtK(evaluate.Metric):
                 ranks.append(int(ranks_of_truths(scores, [target])[0]))
             except ValueError as error:
                 raise ValueError(f"query {number}: {error}") from error
-        depths = [k] if isinstance(k, int) else k
+        depths = [k] if isinstance(k, numbers.Integral) else k
         return {f"subset_recall_at_{depth}": recall_at_k(ranks, depth) for depth in depths}
