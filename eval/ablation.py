@@ -113,6 +113,12 @@ class Runner:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
+    def first_stage(self, form: str, grid: Grid, seed: int) -> tuple[Path, Future]:
+        """The folder of a form of stage I, and what is done when it is there."""
+        folder = self.trained / "stage1" / f"{slug(form)}-{seed}"
+        captions, clip = of_seed(self.output, seed) / "captions", clip_folder(self.output)
+        return folder, self.once(folder, lambda: self.train(1, clip, captions, folder, seed, grid.stage1[form], {}))
+
     def run(self, name: str, run: dict, grid: Grid, seed: int) -> Future:
         """Is done when a run's query values are there."""
         result = self.result(name, seed)
@@ -123,9 +129,7 @@ class Runner:
             given = run | {"triplets": str(triplets), "seed": seed}
             return self.once(result, lambda: self.evaluate(given, result, grid.measure))
         form = run["stage1"]
-        first = self.trained / "stage1" / f"{slug(form)}-{seed}"
-        captions, clip = of_seed(self.output, seed) / "captions", clip_folder(self.output)
-        trained = self.once(first, lambda: self.train(1, clip, captions, first, seed, grid.stage1[form], {}))
+        first, trained = self.first_stage(form, grid, seed)
         owner = grid.trained_as(run)
         second = self.trained / "stage2" / f"{slug(owner)}-{seed}"
         # A run that shares another's training waits until that one is done.
@@ -186,8 +190,14 @@ def main() -> None:
         mixtures = {mixture_of(run) for run in grid.runs.values()} - {None}
         make_data(args.output_dir, seeds, mixtures, grid.worlds)
         MEASURES[grid.measure].prepare(args.output_dir, results)
-    # Seed by seed, so that an interrupted grid has whole seeds.
-    work = {(name, seed): runner.run(name, grid.runs[name], grid, seed) for name, seed in files}
+    # Seed by seed, so that an interrupted grid has whole seeds, and each one's forms of stage I before the runs, which
+    # would wait for them side by side.
+    work = {}
+    for seed in seeds:
+        missing = [run for name, run in grid.runs.items() if not files[name, seed].is_file()]
+        for form in dict.fromkeys(run["stage1"] for run in missing if "stage1" in run):
+            runner.first_stage(form, grid, seed)
+        work |= {(name, seed): runner.run(name, grid.runs[name], grid, seed) for name in grid.runs}
     try:
         for number, ((name, seed), done) in enumerate(work.items(), start=1):
             done.result()

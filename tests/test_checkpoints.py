@@ -61,6 +61,22 @@ def test_a_full_disk_stops_a_run_and_keeps_the_last_good_checkpoint(launch, clip
     assert same(whole, launch(stage1_script, clip_dir, tmp_path / "full", *flags))
 
 
+def test_a_full_disk_at_the_end_is_told_as_one_before(launch, clip_dir, tmp_path, monkeypatch):
+    flags = ["--max_steps", 3, "--save_steps", 2]
+    save_pretrained = TSCIRModel.save_pretrained
+
+    def full(self, folder, **kwargs):
+        if Path(folder).name == "out":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save_pretrained(self, folder, **kwargs)
+
+    monkeypatch.setattr(TSCIRModel, "save_pretrained", full)
+    with pytest.raises(SystemExit, match=r"(?s)the trained model could not .*No space left.*good one is .*point-2"):
+        launch(stage1_script, clip_dir, tmp_path / "out", *flags)
+    monkeypatch.undo()
+    launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--resume_from_checkpoint", "latest")
+
+
 def test_the_checkpoint_just_written_stays_beside_later_ones(launch, clip_dir, tmp_path):
     """Which are there where a run goes on from an earlier one."""
     flags = ["--max_steps", 6, "--save_steps", 2, "--save_total_limit", 0]

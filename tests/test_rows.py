@@ -1,8 +1,15 @@
+import io
+import os
+import signal
+import tarfile
+import time
+
 import pytest
+import torch
 from accelerate import Accelerator
 from arguments import DataArguments, LoopArguments
 from datasets import Dataset, Features, Value
-from rows import GroupedBatches, RowBatches, hold_out, load_rows, load_source
+from rows import GroupedBatches, RowBatches, hold_out, load_rows, load_source, outlive_the_first_signal
 
 from modeling_tscir import BadImagesError
 
@@ -127,6 +134,50 @@ def test_data_that_cannot_be_loaded_is_named(tmp_path):
     for name in ("empty.jsonl", "broken.jsonl", "none.parquet", "nothing"):
         with pytest.raises(ValueError, match=f"{name}, split train, cannot be loaded, or is empty: "):
             load_rows(DataArguments(dataset_name=str(tmp_path / name)), {"caption": "a text"}, images=[])
+
+
+@pytest.mark.parametrize("name", ["nothing/*.tar", "shards/{0..3}.tar", "gone.parquet"])
+def test_a_pattern_that_no_file_has_is_named(tmp_path, name):
+    with pytest.raises(ValueError, match=r"there is no such file; several are named by \* and \*\*, not by braces"):
+        load_rows(DataArguments(dataset_name=str(tmp_path / name)), {"caption": "a text"}, images=[])
+
+
+def test_a_folder_is_a_folder_whatever_its_name_ends_with(tmp_path):
+    Dataset.from_dict({"caption": ["x"] * 3}).to_parquet(tmp_path / "all.parquet" / "part-0.parquet")
+    rows, _ = load_rows(DataArguments(dataset_name=str(tmp_path / "all.parquet")), {"caption": "a text"}, images=[])
+    assert rows["caption"] == ["x"] * 3
+
+
+def test_compressed_shards_are_tar_shards(tmp_path):
+    with tarfile.open(tmp_path / "0.tar.gz", "w:gz") as tar:
+        member = tarfile.TarInfo("a.txt")
+        member.size = 3
+        tar.addfile(member, io.BytesIO(b"red"))
+    rows, _ = load_rows(DataArguments(dataset_name=str(tmp_path / "*.tar.gz")), {"txt": "a text"}, images=[])
+    assert rows["txt"] == ["red"]
+
+
+class Slow(torch.utils.data.Dataset):
+    """A row takes a while."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, row):
+        time.sleep(0.2)
+        return os.getpid()
+
+
+def test_a_worker_outlives_a_runs_first_signals_and_no_second_sigterm():
+    loader = torch.utils.data.DataLoader(Slow(), num_workers=1, worker_init_fn=outlive_the_first_signal)
+    batches = iter(loader)
+    worker = int(next(batches))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker, number)
+        assert int(next(batches)) == worker
+    os.kill(worker, signal.SIGTERM)
+    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+        list(batches)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -127,11 +127,13 @@ def test_a_resumed_stream_ends_with_the_same_tensors(launch, clip_dir, shards, t
     validation = (tmp_path / "a/best/validation.json").read_text("utf-8")
     for step in (1, 4, 7):
         resumed = launch(
-            stage1_script, clip_dir, tmp_path / "b", *flags, "--save_steps", 0,
+            stage1_script, clip_dir, tmp_path / f"b{step}", *flags, "--save_steps", 0,
             "--resume_from_checkpoint", tmp_path / f"a/checkpoint-{step}",
         )  # fmt: skip
         assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    assert json.loads(validation).keys() == json.loads((tmp_path / "b/best/validation.json").read_text("utf-8")).keys()
+    assert (
+        json.loads(validation).keys() == json.loads((tmp_path / "b4/best/validation.json").read_text("utf-8")).keys()
+    )
     assert TSCIRModel.from_pretrained(tmp_path / "a/best").config.stage == 1
 
 

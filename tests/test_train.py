@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import loop
 import numpy as np
 import pytest
 import stage1 as stage1_script
@@ -96,7 +98,7 @@ def test_a_resumed_run_ends_with_the_same_tensors(launch, clip_dir, tmp_path, ac
     assert len(list((tmp_path / "a").glob("checkpoint-*"))) == steps - 1
     for step in (1, steps // 2 + 1):
         resumed = launch(
-            stage1_script, clip_dir, tmp_path / "b", *flags, "--save_steps", 0,
+            stage1_script, clip_dir, tmp_path / f"b{step}", *flags, "--save_steps", 0,
             "--resume_from_checkpoint", tmp_path / f"a/checkpoint-{step}",
         )  # fmt: skip
         assert same(whole, resumed)
@@ -112,7 +114,7 @@ def test_a_resumed_stage_two_ends_with_the_same_tensors_mined_negatives_included
     whole = launch(stage2_script, stage1_folder, tmp_path / "a", *flags, "--save_steps", 1)
     for step in from_steps:
         resumed = launch(
-            stage2_script, stage1_folder, tmp_path / "b", *flags, "--save_steps", 0,
+            stage2_script, stage1_folder, tmp_path / f"b{step}", *flags, "--save_steps", 0,
             "--resume_from_checkpoint", tmp_path / f"a/checkpoint-{step}",
         )  # fmt: skip
         assert same(whole, resumed)
@@ -145,6 +147,58 @@ def test_a_loss_that_is_no_number_ends_a_run_and_keeps_what_was_good(launch, cli
     assert not (tmp_path / "a/tscir_delta.safetensors").exists()
     kept = sorted((tmp_path / "a").glob("checkpoint-*"))
     assert kept and all(t.isfinite().all() for t in load_file(kept[0] / "tscir_delta.safetensors").values())
+
+
+def test_an_interrupt_keeps_no_weights_that_are_no_numbers(launch, clip_dir, tmp_path, monkeypatch):
+    """Who sees such a loss presses Ctrl-C, and the last good checkpoint would make room."""
+    came = []
+
+    def came_to_any(self, step):
+        came.append(step)
+        return step == 5
+
+    monkeypatch.setattr(loop.Interrupt, "came_to_any", came_to_any)
+    add = loop.Log.add
+
+    def spoil(self, terms):
+        if "loss" in terms and len(came) >= 3:
+            terms["loss"] = torch.tensor(float("nan"))
+        add(self, terms)
+
+    monkeypatch.setattr(loop.Log, "add", spoil)
+    flags = ["--max_steps", 9, "--save_steps", 3, "--save_total_limit", 1, "--logging_steps", 100]
+    with pytest.raises(ValueError, match="loss of step 5 is nan: nothing is written"):
+        launch(stage1_script, clip_dir, tmp_path / "a", *flags)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-3"]
+
+
+def test_a_tracker_that_is_not_there_is_refused(launch, clip_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="--report_to wandb is not installed"):
+        launch(stage1_script, clip_dir, tmp_path / "a", "--max_steps", 1, "--report_to", "wandb")
+
+
+def test_a_run_does_not_go_on_among_another_ones_files(launch, clip_dir, tmp_path):
+    flags = ["--max_steps", 3, "--save_steps", 2]
+    launch(stage1_script, clip_dir, tmp_path / "a", *flags)
+    launch(stage1_script, clip_dir, tmp_path / "other", *flags, "--seed", 5)
+    before = (tmp_path / "other/tscir_delta.safetensors").read_bytes()
+    again = ["--resume_from_checkpoint", tmp_path / "a/checkpoint-2"]
+    with pytest.raises(ValueError, match="other holds checkpoint-2 of an earlier run"):
+        launch(stage1_script, clip_dir, tmp_path / "other", *flags, *again)
+    assert (tmp_path / "other/tscir_delta.safetensors").read_bytes() == before
+    launch(stage1_script, clip_dir, tmp_path / "a", *flags, *again)
+
+
+def test_the_best_weights_stay_where_a_checkpoint_from_before_knows_nothing_of_them(launch, clip_dir, tmp_path):
+    flags = ["--max_steps", 6, "--validation_rows", 4, "--save_steps", 2]
+    launch(stage1_script, clip_dir, tmp_path / "a", *flags, "--eval_steps", 3)
+    told = tmp_path / "a/best/validation.json"
+    best = json.loads(told.read_text("utf-8"))
+    told.write_text(json.dumps(best | {"validation_mrr": 1.0, "step": 3}), "utf-8")  # better than any to come
+    again = ["--resume_from_checkpoint", tmp_path / "a/checkpoint-2", "--eval_steps", 5]
+    launch(stage1_script, clip_dir, tmp_path / "a", *flags, *again)
+    assert json.loads(told.read_text("utf-8"))["step"] == 3
 
 
 def test_a_run_that_goes_on_in_a_new_folder_keeps_its_best_there(launch, clip_dir, tmp_path):
@@ -325,6 +379,27 @@ def test_wrong_starts_say_which_command_is_missing(launch, clip_dir, stage1_fold
         launch(stage1_script, clip_dir, tmp_path / "out", "--caption_column", "text")
     with pytest.raises(ValueError, match="do not fill a batch"):
         launch(stage1_script, clip_dir, tmp_path / "out", "--per_device_train_batch_size", 25)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_signal_to_a_run_and_its_workers_leaves_a_checkpoint(clip_dir, data, tmp_path, streaming):
+    """As torchrun and schedulers send it."""
+    for shard in range(2):
+        shutil.copy(data / "captions/train.parquet", tmp_path / f"{shard}.parquet")
+    parts = [sys.executable, "train/stage1.py", "--model_name_or_path", clip_dir, "--output_dir", tmp_path / "out"]
+    parts += ["--dataset_name", tmp_path / "*.parquet", "--per_device_train_batch_size", 8, "--logging_steps", 1]
+    parts += ["--max_steps", 100_000, "--save_steps", 0, "--dataloader_num_workers", 2]
+    parts += ["--streaming", "--shuffle_buffer_size", 4] if streaming else ["--feature_cache_gb", 0]
+    with subprocess.Popen(
+        list(map(str, parts)), cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        for line in process.stderr:
+            if "step 3 " in line:
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode == 130 and len(list((tmp_path / "out").glob("checkpoint-*"))) == 1, rest[-2000:]
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes_to_the_same_tensors(clip_dir, data, tmp_path):

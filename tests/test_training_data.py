@@ -1,5 +1,8 @@
 """What training holds of its data: frozen features, kept between runs, and what tells rows apart."""
 
+import io
+
+import pytest
 import stage1 as stage1_script
 import stage2 as stage2_script
 import torch
@@ -7,6 +10,7 @@ from arguments import DataArguments
 from conftest import noise, same
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from PIL import Image
 from rows import hold_out
 from safetensors.torch import load_file
 
@@ -82,6 +86,34 @@ def test_a_picture_that_changed_is_embedded_again(stage1, processor, tmp_path):
     for name in ("reference_embeds", "pseudo_words", "target_embeds"):
         assert torch.equal(getattr(after, name), getattr(true, name))
         assert not torch.equal(getattr(after, name), getattr(before, name))
+
+
+def test_one_id_of_several_pictures_is_told(stage1, processor, tmp_path, caplog):
+    def png(number: int) -> dict:
+        content = io.BytesIO()
+        Image.new("RGB", (36, 36), (number, 0, 0)).save(content, "PNG")
+        return {"bytes": content.getvalue(), "path": None}
+
+    columns = {"reference": [png(n) for n in (1, 1, 2, 3)], "target": [png(n) for n in (4, 5, 6, 7)]}
+    columns |= {"modification": ["red"] * 4, "reference_id": ["a", "a", "a", "b"]}
+    features = Features({n: ImageFeature(decode=False) if n in ("reference", "target") else Value("string")
+                         for n in columns})  # fmt: skip
+    rows = Dataset.from_dict(columns, features=features)
+    arguments = stage2_script.Stage2Arguments()
+    stage2_script.warn_of_pictures_of_one_id(rows, [0, 0, 0, 3], arguments)
+    assert "1 rows have the reference_id of another row and another picture, as row 2 has row 0's" in caplog.text
+    caplog.clear()
+    stage2_script.warn_of_pictures_of_one_id(rows.select([0, 1, 3]), [0, 0, 2], arguments)
+    assert not caplog.text
+
+
+def test_ids_of_captions_targets_are_heeded_and_lists_are_no_ids(stage1, processor):
+    columns = {"reference_caption": ["a", "b", "c"], "modification": ["red"] * 3, "target_caption": ["x", "y", "z"]}
+    rows = Dataset.from_dict(columns | {"target_id": ["same", "same", "other"]})
+    triplets = stage2_script.Stage2Data(rows, stage1, processor, DataArguments(), stage2_script.Stage2Arguments())
+    assert triplets.target_ids.tolist() == [0, 0, 2]
+    with pytest.raises(ValueError, match="column target_id holds no ids but List"):
+        stage2_script.names_of(Dataset.from_dict({"target_id": [["a"], ["b"]], "x": ["a", "b"]}), "target_id", "x")
 
 
 def test_rows_without_an_id_are_told_by_their_picture(pictures):

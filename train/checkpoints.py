@@ -74,7 +74,7 @@ def keep_backbone(accelerator: Accelerator, model: TSCIRModel, output_dir: str) 
     tensors = {name.replace(".base_layer", ""): tensor for name, tensor in state if ".lora_" not in name}
     if accelerator.is_main_process:
         aside = folder.with_name(f"unfinished-{BACKBONE}")
-        with _said_if_full(output_dir, "the backbone", aside):
+        with said_if_full(output_dir, "the backbone", aside):
             model.clip.save_pretrained(aside, state_dict=dict(tensors))
         shutil.rmtree(folder, ignore_errors=True)  # of another run
         os.replace(aside, folder)
@@ -84,7 +84,7 @@ def keep_backbone(accelerator: Accelerator, model: TSCIRModel, output_dir: str) 
 
 
 @contextlib.contextmanager
-def _said_if_full(output_dir: str, what: str, aside: Path) -> Iterator[None]:
+def said_if_full(output_dir: str, what: str, aside: Path) -> Iterator[None]:
     """`SystemExit` saying why `what` could not be written, as on a full disk; what was written before stays."""
     try:
         yield
@@ -110,7 +110,7 @@ def save_best(output_dir: str, model: TSCIRModel, processor: TSCIRProcessor, val
     """
     final, aside, old = (Path(output_dir, name) for name in ("best", "unfinished-best", "replaced-best"))
     shutil.rmtree(aside, ignore_errors=True)
-    with _said_if_full(output_dir, f"the best weights, of step {validation['step']},", aside):
+    with said_if_full(output_dir, f"the best weights, of step {validation['step']},", aside):
         model.save_pretrained(aside, backbone="reference")
         processor.save_pretrained(aside)
         (aside / "validation.json").write_text(json.dumps(validation, indent=2), encoding="utf-8")
@@ -133,7 +133,7 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    with _said_if_full(output_dir, f"the checkpoint of step {step}", aside):
+    with said_if_full(output_dir, f"the checkpoint of step {step}", aside):
         accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

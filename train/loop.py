@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from arguments import LoopArguments
 from checkpoints import (
@@ -21,6 +22,7 @@ from checkpoints import (
     keep_only_trained_tensors,
     refuse_unwritable_folder,
     refuse_used_folder,
+    said_if_full,
     save_best,
     save_checkpoint,
 )
@@ -82,6 +84,10 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         ValueError: if there is no checkpoint to go on from, an earlier run's where a new one is to begin, or nothing
             can be written.
     """
+    if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
+        raise ValueError(
+            f"--report_to {args.report_to} is not installed, or not known to Accelerate: nothing is tracked"
+        )
     logging.disable_progress_bar()  # a bar for every checkpoint would drown the log
     accelerator = Accelerator(
         # By count alone: a step at the end of a loader's epoch, too, would be out of step with rows and mining.
@@ -96,9 +102,8 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     set_seed(args.seed)
     # Before any feature is computed, as that may take hours.
     refuse_unwritable_folder(args.output_dir)
-    if args.resume_from_checkpoint:
-        find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    else:
+    folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
+    if folder is None or folder.resolve().parent != Path(args.output_dir).resolve():
         refuse_used_folder(args.output_dir)
     accelerator.wait_for_everyone()
     return accelerator
@@ -167,8 +172,7 @@ def train(
         if progress.step > total:  # as of a checkpoint from before arguments were kept in it
             raise ValueError(f"{folder} is at step {progress.step}, beyond the {total} steps of this run")
         accelerator.print(f"resumed from {folder} at step {progress.step}")
-        if not Path(args.output_dir, "best").is_dir():  # as of a run that goes on in a new folder
-            progress.best = 0.0
+        progress.best = best_so_far(args.output_dir)
     interrupt, stop = Interrupt(accelerator), False
     bar = tqdm(
         total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=f"stage {model.config.stage}"
@@ -200,9 +204,7 @@ def train(
         log.step(progress.step, scheduler.get_last_lr()[0])
         saving = progress.step == total or (args.save_steps and progress.step % args.save_steps == 0)
         if saving or progress.step % args.logging_steps == 0:
-            refuse_what_is_no_number("loss", terms["loss"], progress.step)
-            if accelerator.scaler is None:  # which would have left such a step out
-                refuse_what_is_no_number("gradient's norm", terms["gradient_norm"], progress.step)
+            refuse_no_numbers(accelerator, terms, progress.step)
         if validation is not None and (progress.step % args.eval_steps == 0 or progress.step == total):
             with accelerator.autocast():
                 values = validation()
@@ -219,6 +221,8 @@ def train(
     bar.close()
     interrupt.restore()
     if stop and progress.step < total:
+        if saved is None:
+            refuse_no_numbers(accelerator, terms, progress.step)
         folder = saved or save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
         accelerator.print(f"interrupted at step {progress.step}; go on with --resume_from_checkpoint {folder}")
         sys.exit(130)
@@ -227,9 +231,10 @@ def train(
     if accelerator.is_main_process:
         if model.config.backbone_name_or_path == os.path.join("..", BACKBONE):
             model.config.backbone_name_or_path = BACKBONE
-        model.save_pretrained(args.output_dir, backbone="reference")
-        processor.save_pretrained(args.output_dir)
-        write_record(Path(args.output_dir), settings | {"skipped_images": skipped}, accelerator, progress)
+        with said_if_full(args.output_dir, "the trained model", Path(args.output_dir, "unfinished-model")):
+            model.save_pretrained(args.output_dir, backbone="reference")
+            processor.save_pretrained(args.output_dir)
+            write_record(Path(args.output_dir), settings | {"skipped_images": skipped}, accelerator, progress)
     accelerator.print(f"trained {progress.step} steps; written to {args.output_dir}")
     # The process group must not be freed by DDP's destructor, which holds the interpreter's lock while gloo's threads
     # wait for it: a run that had ended would hang.
@@ -238,13 +243,21 @@ def train(
     accelerator.end_training()
 
 
-def refuse_what_is_no_number(what: str, value: torch.Tensor, step: int) -> None:
+def refuse_no_numbers(accelerator: Accelerator, terms: dict[str, torch.Tensor], step: int) -> None:
     """Raise `ValueError` for a loss or a gradient that training cannot come back from."""
-    if not torch.isfinite(value):
-        raise ValueError(
-            f"the {what} of step {step} is {value.item()}: nothing is written, and checkpoints from before stay; "
-            "lower --learning_rate, or train in fp32 or bf16"
-        )
+    for what, value in (("loss", terms["loss"]), ("gradient's norm", terms["gradient_norm"])):
+        # A scaler leaves steps of such a gradient out.
+        if not torch.isfinite(value) and (what == "loss" or accelerator.scaler is None):
+            raise ValueError(
+                f"the {what} of step {step} is {value.item()}: nothing is written, and checkpoints from before stay; "
+                "lower --learning_rate, or train in fp32 or bf16"
+            )
+
+
+def best_so_far(output_dir: str) -> float:
+    """The validation of the weights in `best/`, which may be of a step behind the checkpoint that is gone on from."""
+    path = Path(output_dir, "best", "validation.json")
+    return json.loads(path.read_text(encoding="utf-8"))["validation_mrr"] if path.is_file() else 0.0
 
 
 def write_record(folder: Path, settings: dict, accelerator: Accelerator, progress: Progress) -> None:

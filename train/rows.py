@@ -1,7 +1,9 @@
 """Training data of known size: rows of a `datasets` dataset, in batches that any step can start from."""
 
+import glob
 import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -20,7 +22,8 @@ from modeling_tscir.images import handle_bad_images
 
 
 UNFINISHED = ".unfinished-data"  # beside data/: `datasets` reads no folder whose name begins with a dot
-BUILDERS = {".tar": "webdataset", ".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+BUILDERS = {".tar": "webdataset", ".tar.gz": "webdataset", ".tgz": "webdataset", ".parquet": "parquet",
+            ".jsonl": "json", ".json": "json", ".csv": "csv"}  # fmt: skip
 
 
 def load_source(data: DataArguments, streaming: bool = False, **options) -> Dataset | IterableDataset:
@@ -34,9 +37,15 @@ def load_source(data: DataArguments, streaming: bool = False, **options) -> Data
         ValueError: if it cannot be loaded, with what `datasets` says, or would be read in part twice.
     """
     what, name = data.dataset_name, getattr(data, "dataset_config", None)
-    if "data_files" not in options and (files := BUILDERS.get(Path(what).suffix)):
-        what, name, options = files, None, options | {"data_files": what}
     local = Path(what).is_dir()
+    files = next((builder for suffix, builder in BUILDERS.items() if what.endswith(suffix)), None)
+    if "data_files" not in options and files is not None and not local:
+        if "://" not in what and not glob.glob(what, recursive=True):
+            raise ValueError(
+                f"--dataset_name {what}, split {data.dataset_train_split}, cannot be loaded, or is empty: there is no "
+                "such file; several are named by * and **, not by braces"
+            )
+        what, name, options = files, None, options | {"data_files": what}
     try:
         builder = load_dataset_builder(what, name, **options)
         found = builder.config.data_files or {}
@@ -247,6 +256,7 @@ class RowBatches:
             batch_sampler=self.sampler,
             collate_fn=whole_batch,
             num_workers=args.dataloader_num_workers,
+            worker_init_fn=outlive_the_first_signal,
         )
         self.loader = accelerator.prepare(loader)
         self.steps_an_epoch = len(self.loader) // self.accumulation
@@ -296,6 +306,15 @@ class RowBatches:
 
 def whole_batch(batch: dict) -> dict:
     return batch  # the dataset makes whole batches
+
+
+def outlive_the_first_signal(worker: int) -> None:
+    """Of a loader's worker: whoever stops a run, a terminal, torchrun or a scheduler, signals its workers too, and
+    without them it could not end its step and write a checkpoint. A second SIGTERM, as the loader itself sends to a
+    worker that does not end, is as it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, before or signal.SIG_DFL))
 
 
 def in_batches(dataset: torch.utils.data.Dataset, size: int) -> Iterator[dict[str, torch.Tensor]]:

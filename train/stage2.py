@@ -17,7 +17,7 @@ import shared
 import torch
 from arguments import DataArguments, LoopArguments, parse_arguments, run_as_script
 from checkpoints import keep_backbone
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from gradients import Objective, bf16_where_fast, gather_with_gradient, precision
 from loop import make_accelerator, steps_of, train
 from mining import Miner
@@ -110,6 +110,7 @@ class Stage2Data(torch.utils.data.Dataset):
         self, rows: Dataset, model: TSCIRModel, size: int, folder: str | None, args: Stage2Arguments
     ) -> None:
         firsts = first_of_each(self.groups)
+        warn_of_pictures_of_one_id(rows, firsts, args)
         unique = sorted(set(firsts))
         position = {row: i for i, row in enumerate(unique)}
         self.references = torch.tensor([position[first] for first in firsts])  # [rows], each row's among them
@@ -138,7 +139,9 @@ class Stage2Data(torch.utils.data.Dataset):
         self.target_embeds = shared.features(*given, targets, TEXTS_A_BATCH, "target captions")
         self.references = torch.arange(len(rows))
         self.pseudo_words = torch.empty(len(rows), 0, model.config.clip_config.text_config.hidden_size)
-        self.target_ids = torch.tensor(first_of_each(targets))
+        self.target_ids = torch.tensor(
+            first_of_each(names_of(rows, args.target_id_column, args.target_caption_column))
+        )
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -180,8 +183,30 @@ def pictures_of(rows: Dataset, args: Stage2Arguments) -> list[int]:
     return first_of_each([picture_name(one) for c in (args.target_column, args.reference_column) for one in rows[c]])
 
 
+def warn_of_pictures_of_one_id(rows: Dataset, firsts: list[int], args: Stage2Arguments) -> None:
+    """Say where rows of one reference's id show another picture than the first of them, which stands for all."""
+    later = [row for row, first in enumerate(firsts) if row != first]
+    if not later or args.reference_id_column not in rows.column_names:
+        return
+    asked = sorted({*later, *(firsts[row] for row in later)})
+    shown = dict(zip(asked, map(picture_name, rows.select(asked)[args.reference_column]), strict=True))
+    other = [row for row in later if shown[row] != shown[firsts[row]]]
+    if other:
+        logger.warning(
+            f"{len(other)} rows have the {args.reference_id_column} of another row and another picture, as row "
+            f"{other[0]} has row {firsts[other[0]]}'s: the first one's is taken for all of an id. If these are no "
+            "copies of one picture, name another --reference_id_column, or none ('')"
+        )
+
+
 def names_of(rows: Dataset, id_column: str, column: str) -> list:
-    """Each row's id; where the data has none, what equal pictures, still encoded, or equal texts of `column` share."""
+    """Each row's id; where the data has none, what equal pictures, still encoded, or equal texts of `column` share.
+
+    Raises:
+        ValueError: if the ids are neither texts nor numbers.
+    """
+    if id_column in rows.column_names and not isinstance(rows.features[id_column], (Value, ClassLabel)):
+        raise ValueError(f"column {id_column} holds no ids but {rows.features[id_column]}; its flag names another")
     names = list(rows[id_column]) if id_column in rows.column_names else [None] * len(rows)
     nameless = [row for row, name in enumerate(names) if name is None or not str(name).strip()]
     for row, found in zip(nameless, rows.select(nameless)[column], strict=True):

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object, send_to_device
 from arguments import DataArguments, LoopArguments
 from datasets import Image as ImageFeature
 from datasets import IterableDataset
-from rows import check_columns, load_source
+from rows import check_columns, file_of, load_source, outlive_the_first_signal
 
 from modeling_tscir.images import BadImagesError, handle_bad_images
 
@@ -139,7 +139,8 @@ class ShardReader(torch.utils.data.IterableDataset):
 
     def name_of(self, shard: int, row: int, example: dict) -> str:
         where = example.get("__url__") or f"shard {self.shard_at(shard)}"
-        return f"{where}, row {row}" + (f", key {example['__key__']}" if example.get("__key__") else "")
+        files = "".join(file_of(value) for value in example.values() if isinstance(value, dict))
+        return f"{where}, row {row}" + (f", key {example['__key__']}" if example.get("__key__") else files)
 
 
 def shard_batches(
@@ -211,7 +212,9 @@ class StreamBatches:
         # A loader asks its workers in turn, beginning with the first; so the first is the one whose turn it is.
         turn = self.taken % self.workers
         reader = ShardReader(**self.reader, places=self.places[turn:] + self.places[:turn])
-        loader = torch.utils.data.DataLoader(reader, batch_size=None, num_workers=self.num_workers)
+        loader = torch.utils.data.DataLoader(
+            reader, batch_size=None, num_workers=self.num_workers, worker_init_fn=outlive_the_first_signal
+        )
         for batch, place, skipped in loader:
             handle_bad_images(skipped, len(skipped) + self.settings["batch_size"], self.on_bad_image)
             if batch is None:
