@@ -74,7 +74,8 @@ def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
         ({"gradient_cache_chunk": -2}, "--gradient_cache_chunk must be at least 0"),
         ({"save_total_limit": -1}, "--save_total_limit must be at least 0, not -1"),
         ({"max_steps": 0}, "--max_steps must be at least 1, or -1 for --num_train_epochs, not 0"),
-        ({"num_train_epochs": 0}, "--num_train_epochs must be at least 1, not 0"),
+        ({"num_train_epochs": 0}, "--num_train_epochs must be above 0, not 0"),
+        ({"num_train_epochs": float("nan")}, "--num_train_epochs must be above 0, not nan"),
         ({"warmup_steps": -5}, "--warmup_steps must be at least 0, not -5"),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau"},

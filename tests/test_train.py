@@ -77,6 +77,11 @@ def test_prompts_and_where_adapters_are_can_be_chosen(launch, clip_dir, tmp_path
         launch(stage2_script, one, tmp_path / "three", "--max_steps", 2, "--lora_target_modules", "q_proj", "fc3")
 
 
+def test_a_part_of_an_epoch_can_be_trained(launch, clip_dir, tmp_path, capsys):
+    launch(stage1_script, clip_dir, tmp_path / "a", "--num_train_epochs", "0.5")
+    assert "trained 2 steps" in capsys.readouterr().out  # of three an epoch
+
+
 def test_training_lowers_the_loss(launch, clip_dir, tmp_path, capfd):
     launch(
         stage1_script, clip_dir, tmp_path / "one", "--max_steps", 40, "--learning_rate", "0.003", "--mapper_dropout", 0

@@ -1,5 +1,6 @@
 """Arguments that both stages share, from a recipe and from flags."""
 
+import math
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -38,7 +39,7 @@ class LoopArguments:
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay, on matrices alone."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": f"One of {', '.join(SCHEDULERS)}."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of warm-up, or a share of all if below 1."})
-    num_train_epochs: int = field(default=10, metadata={"help": "Passes over the data, unless max_steps is given."})
+    num_train_epochs: float = field(default=10, metadata={"help": "Passes over the data, unless max_steps is given."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps in all; -1 leaves it to num_train_epochs."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 never."})
     seed: int = field(default=0, metadata={"help": "Of initialisation, order of data and dropout."})
@@ -72,8 +73,8 @@ class LoopArguments:
             raise ValueError(f"--warmup_steps must be at least 0, not {self.warmup_steps}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"--max_steps must be at least 1, or -1 for --num_train_epochs, not {self.max_steps}")
-        if self.max_steps == -1 and self.num_train_epochs < 1:
-            raise ValueError(f"--num_train_epochs must be at least 1, not {self.num_train_epochs}")
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"--num_train_epochs must be above 0, not {self.num_train_epochs}")
 
 
 @dataclass

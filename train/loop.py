@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import json
+import math
 import os
 import platform
 import signal
@@ -110,8 +111,8 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
 
 
 def steps_of(args: LoopArguments, batches: RowBatches | StreamBatches) -> int:
-    """Optimizer steps of the whole run."""
-    return args.max_steps if args.max_steps > 0 else batches.steps_an_epoch * args.num_train_epochs
+    """Optimizer steps of the whole run; a step that a part of an epoch begins is done."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(batches.steps_an_epoch * args.num_train_epochs)
 
 
 def train(
