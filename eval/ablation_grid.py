@@ -11,7 +11,6 @@ from ablation_measures import FORGETTING, READOUT, RETRIEVAL
 from ablation_tasks import TASKS
 
 from miniature.worlds import ALL_FURTHER, FURTHER
-from modeling_tscir import TSCIRProcessor
 
 
 MEASURES = {"retrieval": RETRIEVAL, "readout": READOUT, "forgetting": FORGETTING, "tasks": TASKS}
@@ -23,7 +22,7 @@ METHODS = {
     "combiner": {"epochs", "learning_rate", "stop_after", "triplets"},
 }
 # How a trained model's queries are made, where it is not as its configuration says, and in which precision.
-QUERIES = ("residual", "weight", "dtype", "prompt_template")
+QUERIES = ("residual", "weight", "dtype")
 
 
 @dataclass
@@ -31,11 +30,11 @@ class Grid:
     """What a YAML file says: seeds, forms of stage I, runs, and claims about pairs of runs.
 
     Forms and runs are arguments of train/stage1.py and stage2.py; a form may name another `script`, and a run may be
-    evaluated with a `residual`, a `weight` and a `prompt_template` of its queries, in a `dtype`. What all runs have
-    unless they say otherwise is given once: `stage2`, arguments, and `queries`, of these four. A claim names two runs,
-    the better one first, and may add one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or one of
-    the measure's metrics, of which it is then alone. `measure`, one of MEASURES, is what runs are compared by, in the
-    further `worlds` of these of ALL_FURTHER, of which no training shows a scene.
+    evaluated with a `residual` and a `weight` of its queries, in a `dtype`. What all runs have unless they say
+    otherwise is given once: `stage2`, arguments, and `queries`, of these three. A claim names two runs, the better one
+    first, and may add one of NOVELTIES: it is then of R@1 on those of CIRR's queries alone; or one of the measure's
+    metrics, of which it is then alone. `measure`, one of MEASURES, is what runs are compared by, in the further
+    `worlds` of these of ALL_FURTHER, of which no training shows a scene.
     """
 
     seeds: list[int]
@@ -158,12 +157,7 @@ def check_queries(where: str, told: dict, measure: str) -> None:
             raise ValueError(f"{where}: {name} is for measure retrieval, not {measure}")
         if name == "dtype" and value not in ("float32", "bfloat16"):
             raise ValueError(f"{where}: dtype is float32 or bfloat16, not {value!r}")
-        if name == "prompt_template":
-            try:
-                TSCIRProcessor.checked_template(str(value))
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-        elif name != "dtype" and not isinstance(value, (int, float)):
+        if name != "dtype" and not isinstance(value, (int, float)):
             raise ValueError(f"{where}: {name} is a number, not {value!r}")
 
 

@@ -119,7 +119,6 @@ def composer(
     """Queries [Q, D] of a split, given its pictures' embeddings: by a trained model, or by a method on plain CLIP."""
     if "model" in run:
         trained = load_trained(run["model"], run.get("dtype", "float32"))
-        trained[1].prompt_template = run.get("prompt_template", trained[1].prompt_template)
 
         def composed(part: Split, pictures: torch.Tensor) -> torch.Tensor:
             embeds = pictures[torch.tensor(sorted(set(part.references)))]

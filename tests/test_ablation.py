@@ -94,9 +94,8 @@ def test_training_data_leave_out_the_worlds_that_a_grid_asks_for(monkeypatch, tm
         ({"claims": {"c": ["a", "a", "b"]}}, r"claim 'c': 'b' is none of"),
         ({"measure": "tasks", "runs": {"a": {"stage1": "full", "residual": 1}}}, "residual is for measure retrieval"),
         ({"measure": "tasks", "queries": {"weight": 0.2}}, "queries: weight is for measure retrieval"),
-        ({"queries": {"weights": 0.2}}, "known are residual, weight, dtype, prompt_template, not weights"),
+        ({"queries": {"weights": 0.2}}, "known are residual, weight, dtype, not weights"),
         ({"runs": {"a": {"stage1": "full", "weight": "a"}}}, "run 'a': weight is a number"),
-        ({"queries": {"prompt_template": "{text}"}}, "queries: prompt_template needs one {image} and one {text}"),
         ({"queries": {"dtype": "float16"}}, "queries: dtype is float32 or bfloat16, not 'float16'"),
         (
             {"runs": {"w -1": {"stage1": "full"}, "w 1": {"stage1": "full"}}},

@@ -14,7 +14,6 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from splits import Split
 
-from modeling_tscir import TSCIRProcessor
 from modeling_tscir.embedding import embed_images
 
 
@@ -80,12 +79,7 @@ def test_trained_models_compose_from_stored_patches(stage0, stage2, processor, p
                   references=[3, 0, 3], texts=[("red",), ("a", "b"), ("c",)], annotation_files=(),
                   truths=[[1], [2], [0]])  # fmt: skip
     embeds = embed_images(stage0, processor, pictures)
-    run = {"model": tmp_path / "stage2", "prompt_template": "red {image} that {text}"}
-    other = ablation_measures.composer(run, (stage0, processor), tmp_path)(split, embeds)
-    prompted = TSCIRProcessor.from_pretrained(tmp_path / "stage2", prompt_template="red {image} that {text}")
-    torch.testing.assert_close(other, harness.compose("tscir", stage2, prompted, split, embeds), atol=1e-6, rtol=0)
     expected = harness.compose("tscir", stage2, processor, split, embeds)
-    assert not torch.allclose(other, expected, atol=1e-3)
     for _ in range(2):
         queries_of = ablation_measures.composer({"model": tmp_path / "stage2"}, (stage0, processor), tmp_path)
         torch.testing.assert_close(queries_of(split, embeds), expected, atol=1e-6, rtol=0)
