@@ -3,10 +3,13 @@ from dataclasses import replace
 
 import ablation_trials
 import harness
+import pandas as pd
 import pytest
 import torch
 from ablation_data import settle_clip
+from ablation_grid import Grid
 from ablation_measures import RETRIEVAL
+from conftest import ROOT
 from fashioniq import FASHIONIQ
 from harness import embed_pictures
 from splits import Split
@@ -48,6 +51,24 @@ def test_every_share_is_asked_of_val_alone(clip_dir, stage0, processor, split, t
     for row in rows:
         queries = harness.compose("sum", stage0, processor, split, pictures, row["weight"])
         assert row["mean"] == ablation_trials.figures(asked, [queries])["mean"]
+
+
+def test_the_final_tables_baselines_are_the_best_of_their_trials():
+    table = pd.read_csv(ROOT / "eval/ablation/trials.csv")
+    assert table.groupby("method").size().min() > 250
+    best = {method: rows.loc[rows["mean"].idxmax()] for method, rows in table.groupby("method")}
+    grid = Grid.read(ROOT / "eval/ablation/final_table.yaml")
+    for method in ("sum", "slerp"):
+        assert grid.runs[method] == {"method": method, "weight": best[method]["weight"]}
+    told = {name: best["combiner"][name] for name in ("epochs", "stop_after", "learning_rate")}
+    assert grid.runs["combiner"] == {"method": "combiner"} | told
+    for method, trainings in ablation_trials.TRAININGS.items():
+        own, run = best[method], grid.runs[f"{method}-style"]
+        assert grid.stage1[run["stage1"]] == trainings[own["training"]]
+        assert (run["residual"], run["weight"]) == (own["residual"], own["weight"])
+        # As it was trained, or as the script leaves it.
+        trained_in = trainings[own["training"]].get("prompt_template", ablation_trials.WORDS["prompt_template"])
+        assert own["prompt"] == trained_in
 
 
 def test_every_baseline_has_as_many_trials_as_the_method_took():
