@@ -144,7 +144,7 @@ def test_real_annotations_and_example_submissions(monkeypatch, tmp_path, name, n
     (tmp_path / "annotations").symlink_to(annotations.parent)
     write_json(tmp_path / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json",
                {"images": [{"id": n} for n in ids]})  # fmt: skip
-    monkeypatch.setattr(circo, "find_pictures", lambda patterns, names: names)
+    monkeypatch.setattr(circo, "find_pictures", lambda folders, names, suffixes=(): names)
     split = load(tmp_path, "--split", name)
     assert (len(split.texts), len(split.image_ids)) == (number, 123_403)
     args = parse_arguments(circo.CIRCO, ["--data_dir", "x", "--split", name, "--check_data"])

@@ -225,7 +225,7 @@ def test_broken_submissions_are_refused():
 
 
 def real_split(monkeypatch, split):
-    monkeypatch.setattr(cirr, "find_pictures", lambda patterns, names: names)
+    monkeypatch.setattr(cirr, "find_pictures", lambda folders, names, suffixes=(): names)
     return load(DATA_DIR, split)
 
 

@@ -128,7 +128,7 @@ def test_metrics_equal_a_slow_reference_on_rankings_with_ties():
 
 @needs_data
 def test_real_annotations_have_the_published_counts(monkeypatch):
-    monkeypatch.setattr(fashioniq, "find_pictures", lambda patterns, names: names)
+    monkeypatch.setattr(fashioniq, "find_pictures", lambda folders, names, suffixes=(): names)
     for flags in ([], ["--gallery", "val"], ["--split", "test"]):
         args = parse_arguments(fashioniq.FASHIONIQ, ["--data_dir", str(DATA_DIR), "--check_data", *flags])
         found = {c: (len(s.texts), len(s.image_ids)) for c, s in fashioniq.load(args).items()}

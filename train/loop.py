@@ -173,7 +173,9 @@ def train(
         if progress.step > total:  # as of a checkpoint from before arguments were kept in it
             raise ValueError(f"{folder} is at step {progress.step}, beyond the {total} steps of this run")
         accelerator.print(f"resumed from {folder} at step {progress.step}")
-        progress.best = best_so_far(args.output_dir)
+        progress.best = max(progress.best, best_so_far(args.output_dir))
+        if not Path(args.output_dir, "best").is_dir():  # as of a run that goes on in a new folder
+            progress.best = 0.0
     interrupt, stop = Interrupt(accelerator), False
     bar = tqdm(
         total=total, initial=progress.step, disable=not accelerator.is_main_process, desc=f"stage {model.config.stage}"
