@@ -126,6 +126,7 @@ def test_a_column_that_was_named_and_is_not_there_is_an_error(launch, stage1_fol
     for flag in ("--reference_id_column", "--target_id_column"):
         with pytest.raises(ValueError, match=rf"{flag} picture: .* has no such column; it has \['modification'"):
             launch(stage2_script, stage1_folder, tmp_path, flag, "picture")
+    launch(stage2_script, stage1_folder, tmp_path / "none", "--reference_id_column", "", "--max_steps", 1)
 
 
 @pytest.mark.parametrize(("flag", "expected"), [([], "bf16"), (["--mixed_precision", "no"], "no")])

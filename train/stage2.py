@@ -328,7 +328,7 @@ def load_triplets(data: DataArguments, args: Stage2Arguments) -> tuple[Dataset, 
     rows = load_source(data)
     found = set(rows.column_names)
     for name in ("reference_id_column", "target_id_column"):  # optional, but not where they were named
-        if (column := getattr(args, name)) != getattr(Stage2Arguments, name) and column not in found:
+        if (column := getattr(args, name)) not in ("", getattr(Stage2Arguments, name)) and column not in found:
             raise ValueError(f"--{name} {column}: {data.dataset_name} has no such column; it has {sorted(found)}")
     if set(captions) <= found and not set(pictures) <= found:
         return load_rows(data, captions | text, images=[], rows=rows)
