@@ -27,7 +27,8 @@ from .backbone import fingerprint_of_tensors
 
 ADAPTER_NAME = "default"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-REWRITING = ("pissa", "olora", "corda", "loftq")  # ways to begin an adapter that change the weights below it
+# Ways to begin an adapter that change the weights below it.
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PEFT_PREFIX = "base_model.model."
 # Which adapter acts is state of shared modules, so encoding is serialised among threads.
 _SWITCH = threading.RLock()
@@ -73,12 +74,15 @@ class AdapterMixin:
         token: str | bool | None = None,
         cache_dir: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
     ) -> None:
         """Load a composing adapter in PEFT's format beside those that are there; `set_adapter` makes it act.
 
         Args:
             path (`str`): local folder or Hub repository, as `save_adapter` writes it.
             adapter_name (`str`): letters, digits, "-" and "_".
+            subfolder, revision, token, cache_dir, local_files_only, force_download: as
+                `PreTrainedModel.from_pretrained` has them.
 
         Raises:
             ValueError: if it is missing, is no LoRA of this text tower, is not in safetensors, or was trained with
@@ -92,7 +96,7 @@ class AdapterMixin:
                 f"there is a composing adapter {adapter_name!r} already; name another, or delete it first"
             )
         hub = {"subfolder": subfolder, "revision": revision, "token": token, "cache_dir": cache_dir}
-        hub["local_files_only"] = local_files_only
+        hub |= {"local_files_only": local_files_only, "force_download": force_download}
         found = {}
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             try:
@@ -112,7 +116,9 @@ class AdapterMixin:
             set_peft_model_state_dict(self.clip.text_model, tensors, adapter_name=adapter_name)
             for layer in lora_layers(self.clip.text_model):
                 layer.train(self.training)
-            self.to(self.device, self.dtype)
+            for path, parameter in self.clip.text_model.named_parameters():  # other parts may lie on a disk
+                if of_adapter(path, adapter_name):
+                    parameter.data = parameter.data.to(self.dtype)
 
     def _read_adapter(self, path: str) -> dict[str, torch.Tensor]:
         """An adapter's tensors by their names in the text tower."""
@@ -122,22 +128,32 @@ class AdapterMixin:
                 tensors = {name.removeprefix(PEFT_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}); fetch or write it again") from error
-        for part, fingerprint in self._fingerprints().items():
-            if made_for.get(part, fingerprint) != fingerprint:
+        own = self._fingerprints()
+        if "mapper_fingerprint_by_fp16" not in made_for and self._was_in_fp16():
+            own = {k: v for k, v in own.items() if not k.startswith("mapper")}  # nothing was told that it could be
+        for part in ("mapper", "backbone"):
+            here, there = ({v for k, v in told.items() if k.startswith(part)} for told in (own, made_for))
+            if here and there and not here & there:
                 raise ValueError(
-                    f"{path} was trained with another {part.split('_')[0]} than this model has (fingerprint "
-                    f"{made_for[part]}, here {fingerprint}); load the model that it was trained with"
+                    f"{path} was trained with another {part} than this model has (fingerprint "
+                    f"{' or '.join(sorted(there))}, here {' or '.join(sorted(here))}); load the model that it was "
+                    "trained with"
                 )
         return tensors
 
     def _fingerprints(self) -> dict[str, str]:
-        own = {}
-        if self.dtype != torch.float16:  # rounded to fp16 before, bf16 would be another
-            rounded = {k: v.bfloat16() for k, v in self.mapper.state_dict().items()}
-            own["mapper_fingerprint"] = fingerprint_of_tensors(rounded)
+        """Of the mapper two, one of which stays whichever half precision it was kept in since, and of the backbone."""
+        own, weights = {}, self.mapper.state_dict()
+        if not any(v.is_meta for v in weights.values()):  # on a disk, where they are not looked for
+            own["mapper_fingerprint"] = fingerprint_of_tensors({k: v.bfloat16() for k, v in weights.items()})
+            by_fp16 = {k: v.half().bfloat16() for k, v in weights.items()}
+            own["mapper_fingerprint_by_fp16"] = fingerprint_of_tensors(by_fp16)
         if self.config.backbone_fingerprint:
             own["backbone_fingerprint"] = self.config.backbone_fingerprint
         return own
+
+    def _was_in_fp16(self) -> bool:
+        return all(v.is_meta or torch.equal(v, v.half().to(v)) for v in self.mapper.state_dict().values())
 
     def save_adapter(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Write one composing adapter in PEFT's own format: `load_adapter` reads it, and so does
@@ -219,6 +235,8 @@ def check_name(name: str) -> str:
     """Raise `ValueError` for an adapter's name that cannot be a folder's and a module's."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         raise ValueError(f"an adapter's name has letters, digits, - and _ alone, not {name!r}")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"{name!r} cannot be an adapter's name, as torch's modules have it already; take another")
     return name
 
 
@@ -256,19 +274,21 @@ def try_on(text_model: nn.Module, config: LoraConfig, tensors: dict[str, torch.T
             f"{path}: an adapter begun by {kind!r} belongs to weights that PEFT changed for it, and the tower is "
             "frozen; save it with PEFT's conversion to plain LoRA (path_initial_model_for_weight_conversion)"
         )
-    more = [name for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")
-            if getattr(config, name, None)]  # fmt: skip
+    more = [name for name in ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+                              "alora_invocation_tokens") if getattr(config, name, None)]  # fmt: skip
+    more += ["bias"] if config.bias != "none" else []
     if more:
         raise ValueError(f"{path} changes more than LoRA does ({', '.join(more)}), and the tower is frozen")
     with torch.device("meta"):
         trial = type(text_model)._from_config(copy.deepcopy(text_model.config))
     before = {name for name, _ in trial.named_parameters()}
     try:
-        inject(trial, ADAPTER_NAME, config)
-        wanted = get_peft_model_state_dict(trial, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-        after = {
-            n.replace(".base_layer.", ".") for n, _ in trial.named_parameters() if not of_adapter(n, ADAPTER_NAME)
-        }
+        # Beside another, as it will be: PEFT does not put all kinds of them together.
+        inject(trial, ADAPTER_NAME, LoraConfig(r=1, target_modules=config.target_modules))
+        inject(trial, "tried", config)
+        wanted = get_peft_model_state_dict(trial, adapter_name="tried", save_embedding_layers=False)
+        after = {n.replace(".base_layer.", ".") for n, _ in trial.named_parameters()
+                 if not of_adapter(n, "tried") and not of_adapter(n, ADAPTER_NAME)}  # fmt: skip
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{path} does not fit this text tower: {error!r}") from error
     if before != after or not all(isinstance(layer.get_base_layer(), nn.Linear) for layer in lora_layers(trial)):

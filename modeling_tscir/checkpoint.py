@@ -25,11 +25,12 @@ logger = logging.get_logger(__name__)
 DELTA_NAME = "tscir_delta.safetensors"
 ADAPTERS = "adapters"
 FULL_NAMES = ("model.safetensors", "model.safetensors.index.json")
-HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+SHARDS = "model-*-of-*.safetensors"
+HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download")
 # Further arguments of PreTrainedModel.from_pretrained that change nothing where weights are read from a reference.
 NEEDLESS = frozenset(
     (
-        *("_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision", "force_download"),
+        *("_commit_hash", "_from_auto", "_from_pipeline", "adapter_kwargs", "code_revision"),
         *("ignore_mismatched_sizes", "low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder"),
         *("proxies", "tqdm_class", "trust_remote_code", "use_safetensors", "variant", "weights_only"),
     )
@@ -67,28 +68,35 @@ def adapters_in(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def replacing(paths: list[Path]) -> Iterator[None]:
-    """Files and folders that lie there are gone once what takes their place is written, and back if that fails."""
+def replacing(folder: Path, names: list[str]) -> Iterator[None]:
+    """Files and folders of these names, or patterns of names, that lie in a folder are gone once what takes their
+    place is written, and back, without anything new, if that fails."""
+
+    def found() -> set[Path]:
+        return {path for name in names for path in folder.glob(name)}
+
+    def aside(path: Path) -> Path:
+        return path.with_name(f".{path.name}.old")
 
     def remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-    hidden = {path: path.with_name(f".{path.name}.old") for path in paths}
-    for old in hidden.values():
-        remove(old)  # of a process that was killed
-    aside = {path: old for path, old in hidden.items() if path.exists()}
-    for path, old in aside.items():
-        os.replace(path, old)
+    for name in names:
+        for old in folder.glob(str(aside(Path(name)))):
+            remove(old)  # of a process that was killed
+    before = found()
+    for path in before:
+        os.replace(path, aside(path))
     try:
         yield
     except BaseException:
-        for path in paths:
+        for path in found():
             remove(path)
-        for path, old in aside.items():
-            os.replace(old, path)
+        for path in before:
+            os.replace(aside(path), path)
         raise
-    for old in aside.values():
-        remove(old)
+    for path in before:
+        remove(aside(path))
 
 
 class CheckpointMixin:
@@ -199,13 +207,18 @@ class CheckpointMixin:
                 _, given, _ = load_backbone(os.fspath(backbone), None, torch.float32, None)
                 if config.backbone_fingerprint and given != config.backbone_fingerprint:
                     raise ValueError(f"{path} was trained on another backbone than {backbone}: their weights differ")
-            kwargs["use_safetensors"] = True
-            with told_of_damage(path):
-                model, info = super().from_pretrained(
-                    path, *model_args, config=config, output_loading_info=True, **kwargs
-                )
-            problems = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-            if problems:
+            as_told = kwargs.get("ignore_mismatched_sizes")
+            kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            try:
+                with told_of_damage(path):
+                    model, info = super().from_pretrained(path, *model_args, config=config, **kwargs)
+            except OSError as error:
+                if any(cached_file(path, name, **quiet, **hub) for name in FULL_NAMES):
+                    raise
+                told = f"{path} has neither {FULL_NAMES[0]} nor {DELTA_NAME}, its weights; fetch or write them again"
+                raise OSError(f"{told} ({error})") from error
+            mismatched = [] if as_told else [name for name, *_ in info["mismatched_keys"]]
+            if problems := sorted({*info["missing_keys"], *info["unexpected_keys"], *mismatched}):
                 raise ValueError(f"{path} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
             model.load_further_adapters(path, hub)
             return (model, info) if loading else model
@@ -216,7 +229,7 @@ class CheckpointMixin:
         unknown = sorted(told - NEEDLESS - set(HUB))
         if model_args or unknown:
             raise TypeError(f"{path}: unknown arguments {[*model_args, *unknown]}")
-        own = {k: v for k, v in hub.items() if k in ("token", "cache_dir", "local_files_only")}
+        own = {k: v for k, v in hub.items() if k not in ("revision", "subfolder")}
         model = cls._from_delta(config, delta, dtype_of(dtype), attention, own)
         if device is not None:
             model.to(one_device(device, path))
@@ -263,9 +276,8 @@ class CheckpointMixin:
         model = cls._around(config, clip)
         with told_of_damage(delta), safe_open(delta, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        wanted = model.delta_state_dict().keys()
-        if tensors.keys() != wanted:
-            problems = sorted(tensors.keys() ^ wanted)
+        shapes, wanted = ({k: v.shape for k, v in x.items()} for x in (tensors, model.delta_state_dict()))
+        if problems := sorted({name for name, _ in shapes.items() ^ wanted.items()}):
             raise ValueError(f"{delta} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
         model.load_state_dict(tensors, strict=False)
         return model
@@ -309,18 +321,18 @@ class CheckpointMixin:
 
         Raises:
             ValueError: for what cannot be written: a reference to a backbone without a name, a `state_dict` that lacks
-                tensors, or a reference form that is to be uploaded at once, which `push_to_hub` does.
+                tensors, or what is to be uploaded at once, which `push_to_hub` does whole.
         """
         if backbone not in ("full", "reference"):
             raise ValueError(f'backbone must be "full" or "reference", not {backbone!r}')
+        if kwargs.pop("push_to_hub", False):  # of which transformers would leave code and further adapters behind
+            raise ValueError("upload by model.push_to_hub(REPOSITORY, ...), which saves and uploads everything")
         folder, given = Path(save_directory), kwargs.pop("state_dict", None)
         if given is not None and (lacking := sorted(self.state_dict().keys() - given.keys())):
             raise ValueError(f"state_dict lacks {lacking[:3]} (of {len(lacking)})")
         if backbone == "reference":
             if not self.config.backbone_name_or_path:
                 raise ValueError('this model does not know its backbone\'s name; save it with backbone="full"')
-            if kwargs.pop("push_to_hub", False):
-                raise ValueError('with backbone="reference" upload by model.push_to_hub(REPOSITORY, ...)')
             kwargs.pop("max_shard_size", None)  # which is one small file
             delta = {k: v.contiguous() for k, v in self.delta_state_dict(given).items()}
             kwargs["state_dict"] = dict(delta)  # saving empties what it is given
@@ -332,8 +344,8 @@ class CheckpointMixin:
             super().save_pretrained(folder, **kwargs)
             return
         # Both forms in one folder would contradict each other.
-        old = [folder / name for name in ("config.json", DELTA_NAME, *FULL_NAMES)]
-        with replacing([*old, *(folder / ADAPTERS / check_name(name) for name in adapters_in(folder))]):
+        adapters = [f"{ADAPTERS}/{check_name(name)}" for name in adapters_in(folder)]
+        with replacing(folder, ["config.json", DELTA_NAME, *FULL_NAMES, SHARDS, *adapters]):
             for name in further:
                 self.save_adapter(folder / ADAPTERS / name, name)
             super().save_pretrained(folder, **kwargs)

@@ -102,6 +102,10 @@ class TSCIRConfig(PreTrainedConfig):
         """Raise `ValueError` for values that no model can have."""
         if self.stage not in (0, 1, 2):
             raise ValueError(f"stage must be 0, 1 or 2, not {self.stage!r}")
+        for name in ("num_pseudo_words", "mapper_hidden_size", "num_injection_heads", "lora_rank",
+                     "num_injection_blocks", "num_mined_negatives"):  # fmt: skip
+            if not isinstance(getattr(self, name), int | None):
+                raise ValueError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         for name in ("num_pseudo_words", "mapper_hidden_size", "num_injection_heads", "lora_rank"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

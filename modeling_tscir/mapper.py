@@ -5,13 +5,37 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class InjectionAttention(nn.MultiheadAttention):
+    """Multi-head attention of few queries to many patches, which makes no keys and values of every patch.
+
+    Each head's queries go through its matrix of keys, and its weighted mean of patches through that of values. The
+    keys' bias adds the same to all scores of a query, and thus nothing.
+    """
+
+    def forward(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """What `nn.MultiheadAttention` gives of queries [B, M, d_t], and of patches [B, N, d_t] as keys and values."""
+        heads = self.num_heads, -1
+        to_queries, to_keys, to_values = self.in_proj_weight.chunk(3)  # [d_t, d_t] each
+        query_bias, _, value_bias = self.in_proj_bias.chunk(3)
+        projected = F.linear(queries, to_queries, query_bias).unflatten(-1, heads)  # [B, M, H, d]
+        asked = torch.einsum("bmhd,hde->bhme", projected, to_keys.unflatten(0, heads))
+        scores = asked.flatten(1, 2) @ patches.transpose(1, 2) * self.head_dim**-0.5  # [B, H * M, N]
+        weights = F.dropout(scores.softmax(-1), self.dropout, self.training)
+        means = (weights @ patches).unflatten(1, (heads[0], -1))  # [B, H, M, d_t]
+        found = torch.einsum("bhme,hde->bmhd", means, to_values.unflatten(0, heads)).flatten(2)
+        # Dropped weights do not sum to one.
+        totals = weights.sum(-1).unflatten(1, (heads[0], -1)).transpose(1, 2)  # [B, M, H]
+        found = found + totals.repeat_interleave(self.head_dim, dim=-1) * value_bias
+        return self.out_proj(found)
+
+
 class InjectionBlock(nn.Module):
     """Pre-norm cross-attention from pseudo-word states to patch states, then a feed-forward."""
 
     def __init__(self, hidden_size: int, num_heads: int, dropout: float):
         super().__init__()
         self.query_norm = nn.LayerNorm(hidden_size)
-        self.attention = nn.MultiheadAttention(hidden_size, num_heads, dropout=dropout, batch_first=True)
+        self.attention = InjectionAttention(hidden_size, num_heads, dropout=dropout, batch_first=True)
         self.feed_forward_norm = nn.LayerNorm(hidden_size)
         self.feed_forward = nn.Sequential(
             nn.Linear(hidden_size, 4 * hidden_size), nn.GELU(), nn.Linear(4 * hidden_size, hidden_size)
@@ -19,29 +43,8 @@ class InjectionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, states: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        states = states + self.dropout(self.attend(self.query_norm(states), patches))  # [B, M, d_t]
+        states = states + self.dropout(self.attention(self.query_norm(states), patches))  # [B, M, d_t]
         return states + self.dropout(self.feed_forward(self.feed_forward_norm(states)))
-
-    def attend(self, queries: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """What `self.attention(queries, patches, patches)` gives, without keys and values of every patch.
-
-        There are few queries [B, M, d_t] and many patches [B, N, d_t]. So each head's queries go through its matrix of
-        keys, and its weighted mean of patches through that of values. The keys' bias adds the same to all scores of a
-        query, and thus nothing.
-        """
-        attention, heads = self.attention, (self.attention.num_heads, -1)
-        to_queries, to_keys, to_values = attention.in_proj_weight.chunk(3)  # [d_t, d_t] each
-        query_bias, _, value_bias = attention.in_proj_bias.chunk(3)
-        projected = F.linear(queries, to_queries, query_bias).unflatten(-1, heads)  # [B, M, H, d]
-        asked = torch.einsum("bmhd,hde->bhme", projected, to_keys.unflatten(0, heads))
-        scores = asked.flatten(1, 2) @ patches.transpose(1, 2) * attention.head_dim**-0.5  # [B, H * M, N]
-        weights = F.dropout(scores.softmax(-1), attention.dropout, self.training)
-        means = (weights @ patches).unflatten(1, (heads[0], -1))  # [B, H, M, d_t]
-        found = torch.einsum("bhme,hde->bmhd", means, to_values.unflatten(0, heads)).flatten(2)
-        # Dropped weights do not sum to one.
-        totals = weights.sum(-1).unflatten(1, (heads[0], -1)).transpose(1, 2)  # [B, M, H]
-        found = found + totals.repeat_interleave(attention.head_dim, dim=-1) * value_bias
-        return attention.out_proj(found)
 
 
 class PseudoWordMapper(nn.Module):

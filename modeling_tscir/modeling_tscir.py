@@ -69,7 +69,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         super().__init__(config)
         self._active: str | None = ADAPTER_NAME
         self._merged: dict[str, nn.Module] = {}  # text towers for serving, by their adapter; none of the parameters
-        self.clip = backbone if backbone is not None else CLIPModel._from_config(config.clip_config)
+        # In one precision with the mapper, whichever the backbone was stored in.
+        self.clip = backbone or CLIPModel._from_config(config.clip_config, dtype=torch.get_default_dtype())
         self.mapper = new_mapper(config) if config.stage >= 1 else None
         if config.stage >= 2:
             self._inject_adapters()
@@ -80,13 +81,14 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         add_composing_adapters(self.clip.text_model, c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_target_modules)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, PseudoWordMapper):
-            initialise_mapper_weights(module, init)
+        pass  # the CLIP's are its own affair, the mapper's begin whole in `initialize_weights`
 
     def initialize_weights(self):
         # The generic initialisation would fill the adapters' zero matrices, and stage II would not start at stage I.
         fresh = uninitialised_lora_layers(self)
         super().initialize_weights()
+        if self.mapper is not None:  # which transformers passes over, as it has no parameters but in its parts
+            initialise_mapper_weights(self.mapper, init)
         reset_to_identity(fresh)
 
     # ----- stages

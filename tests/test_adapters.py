@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import randomised
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import KasaConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, pipeline
 
@@ -202,6 +204,8 @@ def test_refusals(stage0, stage2, fashion, clip, tmp_path):
     with pytest.raises(ValueError, match="no adapter's configuration"):
         stage2.load_adapter(fashion, "a")
     get_peft_model(clip.text_model, LoHaConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "loha")
+    with pytest.raises(ValueError, match=r"'half' cannot be an adapter's name"):
+        stage2.load_adapter(fashion, "half")
     with pytest.raises(ValueError, match="are LoRA"):
         stage2.load_adapter(tmp_path / "loha", "a")
     assert stage2.adapter_names == ["default"]
@@ -236,10 +240,13 @@ def test_dropout_sleeps_where_the_model_does(stage2, clip, query, tmp_path):
     assert torch.equal(composed(again, query, adapter="a"), composed(stage2, query, adapter="a"))
 
 
-@pytest.mark.parametrize("kind", ["pissa", "olora", "gaussian"])
+@pytest.mark.parametrize("kind", ["pissa", "olora", "lora_ga", "gaussian"])
 def test_the_frozen_tower_stays_however_an_adapter_was_begun(stage2, clip, tensors_of, tmp_path, kind):
     before = tensors_of(stage2)
-    folder = write_peft(clip, tmp_path / "a", init_lora_weights=kind)
+    folder = write_peft(clip, tmp_path / "a", init_lora_weights="gaussian" if kind == "lora_ga" else kind)
+    if kind == "lora_ga":  # which wants gradients to begin
+        told = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        (folder / "adapter_config.json").write_text(json.dumps(told | {"init_lora_weights": kind}), "utf-8")
     if kind == "gaussian":
         stage2.load_adapter(folder, "a")
     else:
@@ -256,11 +263,19 @@ def test_the_frozen_tower_stays_however_an_adapter_was_begun(stage2, clip, tenso
         {"target_modules": ["token_embedding"]},
         {"target_modules": ["q_proj", "position_embedding"]},
         {"trainable_token_indices": [1, 2]},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"kasa_config": KasaConfig()},
+        {"alora_invocation_tokens": [3]},
     ],
 )
 def test_what_is_more_than_lora_is_refused_and_leaves_no_trace(stage1, clip, query, tensors_of, tmp_path, config):
     before, own = tensors_of(stage1), composed(stage1, query)
-    folder = write_peft(clip, tmp_path / "a", **config)
+    marked = {k: v for k, v in config.items() if k == "alora_invocation_tokens"}  # which PEFT makes for chat models
+    folder = write_peft(clip, tmp_path / "a", **({} if marked else config))
+    if marked:
+        told = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+        (folder / "adapter_config.json").write_text(json.dumps(told | marked), "utf-8")
     with pytest.raises(ValueError, match=r"more|does not fit"):
         stage1.load_adapter(folder, "a")
     assert stage1.config.stage == 1 and stage1.adapter_names == [] and torch.equal(composed(stage1, query), own)
@@ -278,6 +293,32 @@ def test_in_bf16_it_is_still_its_own_mapper(stage2, fashion, query, tmp_path, fo
         half.load_adapter(tmp_path / "adapter", "once-more")
         given = {**query, "pixel_values": query["pixel_values"].to(dtype)}
         assert torch.equal(composed(half, given, adapter="again"), composed(half, given))
+
+
+def test_what_went_through_fp16_is_still_its_own_mapper(stage2, tmp_path):
+    randomised(stage2.mapper.parameters(), 4)
+    stage2.save_adapter(tmp_path / "adapter")
+    stage2.half().save_pretrained(tmp_path / "model")
+    for dtype in (torch.float32, torch.bfloat16):
+        again = TSCIRModel.from_pretrained(tmp_path / "model", dtype=dtype)
+        again.load_adapter(tmp_path / "adapter", "again")
+    again = TSCIRModel.from_pretrained(tmp_path / "model", dtype=torch.float16).float()
+    again.load_adapter(tmp_path / "adapter", "again")
+    randomised(again.half().mapper.parameters(), 9)
+    with pytest.raises(ValueError, match="another mapper"):
+        again.load_adapter(tmp_path / "adapter", "other")
+
+
+def test_an_adapter_from_before_fp16_was_told_fits_its_mapper(stage2, tmp_path):
+    stage2.save_adapter(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        told = {k: v for k, v in opened.metadata().items() if k != "mapper_fingerprint_by_fp16"}
+    save_file(load_file(file), file, metadata=told)
+    stage2.half().load_adapter(tmp_path / "adapter", "again")
+    randomised(stage2.float().mapper.parameters(), 9)
+    with pytest.raises(ValueError, match="another mapper"):
+        stage2.load_adapter(tmp_path / "adapter", "other")
 
 
 def test_layers_that_only_a_further_adapter_has_are_saved(clip_dir, clip, query, tmp_path):

@@ -60,12 +60,27 @@ def test_attention_through_the_few_queries_is_multihead_attention(training):
     states, patches = torch.randn(2, 4, 24, requires_grad=True), torch.randn(2, 10, 24, requires_grad=True)
     wanted = [states, patches, *block.attention.parameters()]
     torch.manual_seed(1)
-    ours = block.attend(states, patches)
+    ours = block.attention(states, patches)
     torch.manual_seed(1)
-    theirs, _ = block.attention(states, patches, patches, need_weights=False)
+    theirs, _ = torch.nn.MultiheadAttention.forward(block.attention, states, patches, patches, need_weights=False)
     assert torch.allclose(ours, theirs, atol=1e-5)
     upstream = torch.randn_like(ours)
     for own, other in zip(
         torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(theirs, wanted, upstream), strict=True
     ):
         assert torch.allclose(own, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("apart", ["mapper", "clip.vision_model", "clip.visual_projection"])
+def test_parts_of_a_model_may_lie_on_disk(stage2, composed, tmp_path, apart):
+    """Whose weights accelerate brings for each module's own forward."""
+    stage2.save_adapter(tmp_path / "adapter")
+    stage2.load_adapter(tmp_path / "adapter", "again")
+    stage2.save_pretrained(tmp_path / "model")
+    parts = [f"clip.{name}" for name, _ in stage2.clip.named_children()] + ["clip.logit_scale", "mapper"]
+    places = {part: "disk" if part == apart else "cpu" for part in parts}
+    split = TSCIRModel.from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "off")
+    with torch.no_grad():
+        for name in ("default", "again"):
+            expected = stage2.get_composed_features(**composed, adapter=name)
+            assert torch.allclose(split.get_composed_features(**composed, adapter=name), expected, atol=1e-6)

@@ -313,6 +313,34 @@ def test_initialising_weights_leaves_adapters_an_identity(stage1, tmp_path, comp
     assert all(p.any() for n, p in fresh.named_parameters() if "lora_A" in n)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_of_its_configuration_alone_begins_as_trainings_do(stage1, pictures, processor, dtype):
+    config = copy.deepcopy(stage1.config)
+    config.clip_config.dtype = dtype
+    for fresh in (TSCIRModel(config), AutoModel.from_config(config)):
+        mapper = fresh.mapper
+        assert not mapper.output_projection.weight.any() and 0.018 < mapper.mlp[-1].weight.std() < 0.022
+        assert fresh.clip.dtype == mapper.mlp[0].weight.dtype
+        with torch.no_grad():
+            fresh.encode_reference(processor.pixel_values(pictures[:2]).to(fresh.dtype))
+
+
+@pytest.mark.parametrize("form", ["full", "reference"])
+def test_weights_of_another_shape_than_the_config_says_are_named(form, stage2, tmp_path):
+    stage2.save_pretrained(tmp_path, backbone=form)
+    with pytest.raises(ValueError, match=r"config\.json.*lora_A"):
+        TSCIRModel.from_pretrained(tmp_path, lora_rank=stage2.config.lora_rank + 1)
+    with pytest.raises(ValueError, match="lora_rank must be a whole number, not 'a'"):
+        TSCIRModel.from_pretrained(tmp_path, lora_rank="a")
+
+
+def test_a_reference_without_its_weights_says_what_is_missing(stage2, tmp_path):
+    stage2.save_pretrained(tmp_path, backbone="reference")
+    (tmp_path / "tscir_delta.safetensors").unlink()
+    with pytest.raises(OSError, match=r"neither model\.safetensors nor tscir_delta\.safetensors"):
+        TSCIRModel.from_pretrained(tmp_path)
+
+
 def test_processor_and_model_load_through_auto_classes(stage2, processor, tmp_path):
     stage2.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
+from transformers import modeling_utils as safetensors_of_transformers
 
 from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRModel, TSCIRProcessor
 from modeling_tscir.adapters import lora_layers
@@ -53,8 +54,9 @@ def test_given_weights_are_what_is_saved(stage, form, request, tmp_path):
 def test_a_reference_is_one_file_and_is_uploaded_whole_or_not_at_all(stage2, tmp_path):
     stage2.save_pretrained(tmp_path / "m", backbone="reference", max_shard_size="10KB")
     assert [path.name for path in (tmp_path / "m").glob("*.safetensors*")] == ["tscir_delta.safetensors"]
-    with pytest.raises(ValueError, match=r"upload by model.push_to_hub"):
-        stage2.save_pretrained(tmp_path / "n", backbone="reference", push_to_hub=True)
+    for form in ("reference", "full"):
+        with pytest.raises(ValueError, match=r"upload by model.push_to_hub"):
+            stage2.save_pretrained(tmp_path / "n", backbone=form, push_to_hub=True)
 
 
 @pytest.mark.parametrize("form", ["full", "reference"])
@@ -85,6 +87,28 @@ def test_a_save_that_fails_leaves_what_was_there(stage2, clip_dir, tmp_path, for
     stage2.save_pretrained(tmp_path, backbone=other)
     assert ("model.safetensors" in files()) == (other == "full") and not list(tmp_path.rglob("*.old"))
     assert torch.equal(*(next(iter(m.mapper.parameters())) for m in (stage2, TSCIRModel.from_pretrained(tmp_path))))
+
+
+@pytest.mark.parametrize("size", ["20KB", "30KB"])
+def test_shards_of_a_save_that_fails_are_not_mixed_with_those_that_were_there(stage2, tmp_path, size, monkeypatch):
+    stage2.save_pretrained(tmp_path, max_shard_size="20KB")
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("model*.safe*")}
+    assert len(before) > 3
+    with torch.no_grad():
+        for parameter in stage2.parameters():
+            parameter.add_(1)
+    written, write = [], safetensors_of_transformers.safe_save_file
+
+    def until_full(tensors, path, **kwargs):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        write(tensors, path, **kwargs)
+
+    monkeypatch.setattr(safetensors_of_transformers, "safe_save_file", until_full)
+    with pytest.raises(OSError, match="No space left"):
+        stage2.save_pretrained(tmp_path, max_shard_size=size)
+    assert len(written) == 2 and {path.name: path.read_bytes() for path in tmp_path.glob("*model*.safe*")} == before
 
 
 def test_a_clip_that_lacks_tensors_is_refused(clip, clip_dir, tmp_path):
