@@ -71,7 +71,7 @@ def test_attention_through_the_few_queries_is_multihead_attention(training):
         assert torch.allclose(own, other, atol=1e-4)
 
 
-@pytest.mark.parametrize("apart", ["mapper", "clip.vision_model", "clip.visual_projection"])
+@pytest.mark.parametrize("apart", ["mapper", "clip.vision_model", "clip.visual_projection", "clip.text_model"])
 def test_parts_of_a_model_may_lie_on_disk(stage2, composed, tmp_path, apart):
     """Whose weights accelerate brings for each module's own forward."""
     stage2.save_adapter(tmp_path / "adapter")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 from transformers import modeling_utils as safetensors_of_transformers
 
-from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRModel, TSCIRProcessor
+from modeling_tscir import MINIATURE_CHECKPOINT, TSCIRModel, TSCIRProcessor, adapters, backbone, checkpoint
 from modeling_tscir.adapters import lora_layers
 from modeling_tscir.embedding import embed_images, embed_images_with_patches
 from modeling_tscir.feature_cache import feature_key
@@ -57,6 +57,24 @@ def test_a_reference_is_one_file_and_is_uploaded_whole_or_not_at_all(stage2, tmp
     for form in ("reference", "full"):
         with pytest.raises(ValueError, match=r"upload by model.push_to_hub"):
             stage2.save_pretrained(tmp_path / "n", backbone=form, push_to_hub=True)
+
+
+def test_a_download_that_is_forced_is_so_for_every_file(stage2, tmp_path, monkeypatch):
+    stage2.save_adapter(tmp_path / "kept")
+    stage2.load_adapter(tmp_path / "kept", "further")
+    stage2.save_pretrained(tmp_path / "model", backbone="reference")
+    asked = {}
+    for module in (adapters, backbone, checkpoint):
+        fetch = module.cached_file
+
+        def fetched(path, name, fetch=fetch, **hub):
+            asked[name] = hub.get("force_download")
+            return fetch(path, name, **hub)
+
+        monkeypatch.setattr(module, "cached_file", fetched)
+    TSCIRModel.from_pretrained(tmp_path / "model", force_download=True)
+    assert {"tscir_delta.safetensors", "adapter_model.safetensors", "adapter_config.json"} <= set(asked)
+    assert all(asked.values())
 
 
 @pytest.mark.parametrize("form", ["full", "reference"])
