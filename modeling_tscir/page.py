@@ -212,7 +212,7 @@ def make_page(cir: ComposedImageRetrievalPipeline) -> gr.Blocks:
 class Limits:
     """ASGI middleware: uploads of bounded size, so many a minute, and a queue of bounded length; beyond that, "busy".
 
-    Nothing else that is posted is long, and what the page has no use for is not there.
+    Nothing else that is posted is long, what the page has no use for is not there, and no page of another site posts.
 
     Args:
         is_full: whether the queue takes no more.
@@ -225,11 +225,14 @@ class Limits:
     async def __call__(self, scope, receive, send):
         problem = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            path, length = scope["path"].rstrip("/"), dict(scope["headers"]).get(b"content-length", b"")
+            path, headers = scope["path"].rstrip("/"), dict(scope["headers"])
+            length = headers.get(b"content-length", b"")
             longest = MAX_UPLOAD_BYTES if path.endswith("/upload") else MAX_REQUEST_BYTES
             if not path.endswith(POSTED):
                 problem = 404, "There is nothing here."
-            elif not length.isdigit():
+            elif is_from_elsewhere(headers):
+                problem = 403, "This page alone may ask, and no other site's."
+            elif not length.isdigit() or b"transfer-encoding" in headers:  # beside which a length does not count
                 problem = 411, "A request must state its length."
             elif int(length) > longest:
                 problem = 413, f"This may have at most {longest >> 10:,} KiB."
@@ -253,6 +256,20 @@ class Limits:
             return 429, "Busy: too many uploads; try again in a minute."
         self.recent.append(now)
         return None
+
+
+def is_from_elsewhere(headers: dict[bytes, bytes]) -> bool:
+    """Whether a browser says that another site's page asks. What is no browser says nothing of the kind.
+
+    A browser that tells the site is believed, whatever host a proxy puts in the place of ours.
+    """
+    if b"sec-fetch-site" in headers:
+        return headers[b"sec-fetch-site"] == b"cross-site"
+    if b"origin" not in headers:
+        return False
+    names = b",".join(headers.get(name, b"") for name in (b"host", b"x-forwarded-host"))
+    origin, *own = (re.sub(rb":\d+$", b"", name.strip()).lower() for name in (headers[b"origin"], *names.split(b",")))
+    return origin.rpartition(b"://")[2] not in own
 
 
 def serve(page: gr.Blocks, host: str = "127.0.0.1", port: int | None = 7860, wait: bool = True) -> str:

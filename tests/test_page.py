@@ -129,11 +129,12 @@ def test_nothing_is_fetched_from_elsewhere(address, pictures, monkeypatch):
 def test_uploads_are_bounded_in_size_and_number(address, pictures, monkeypatch):
     assert upload(address, b"x" * (page_module.MAX_UPLOAD_BYTES + 1)).status_code == 413
 
-    def chunks():
-        yield b"x"
-
-    endless = httpx.post(f"{address}/gradio_api/upload", content=chunks(), headers={"transfer-encoding": "chunked"})
-    assert endless.status_code == 411
+    request = httpx.Request("POST", "http://page", files={"files": ("a.png", b"x" * 1000)})
+    said = {"content-type": request.headers["content-type"], "transfer-encoding": "chunked"}
+    for short in ({}, {"content-length": "100"}):  # which would not count, beside chunks
+        chunks = iter([request.read()])
+        endless = httpx.post(f"{address}/gradio_api/upload", content=chunks, headers=said | short, timeout=30)
+        assert endless.status_code == 411
     long = {"data": [None, "red" * page_module.MAX_REQUEST_BYTES, None, 0, 3]}
     for route in ("call/search", "queue/join"):
         assert httpx.post(f"{address}/gradio_api/{route}", json=long, timeout=30).status_code == 413
@@ -144,6 +145,24 @@ def test_uploads_are_bounded_in_size_and_number(address, pictures, monkeypatch):
     monkeypatch.setattr(page_module, "MAX_UPLOADS_A_MINUTE", 5)
     codes = [upload(address, content).status_code for _ in range(7)]
     assert codes == [200] * 5 + [429] * 2 and "Busy" in upload(address, content).text
+
+
+def test_other_sites_pages_cannot_post_in_a_visitors_name(address, pictures):
+    def code(**headers) -> int:
+        said = {name.replace("_", "-"): value for name, value in headers.items()}
+        files = {"files": ("a.png", png(pictures[0]))}
+        return httpx.post(f"{address}/gradio_api/upload", files=files, headers=said, timeout=30).status_code
+
+    own, port, other = address, address.rpartition(":")[2], "http://evil.example"
+    assert code() == code(origin=own) == code(origin=own, sec_fetch_site="same-origin") == 200
+    assert code(origin=other) == code(origin="null") == code(origin=other, sec_fetch_site="cross-site") == 403
+    assert code(origin=f"{other}:{port}") == 403
+    # Behind a proxy: one that passes the host on, or names it, or neither, where only newer browsers can tell.
+    public = "https://photos.example"
+    assert code(origin=public, host="photos.example") == code(origin=public, x_forwarded_host="Photos.example") == 200
+    assert code(origin=f"{public}:8443", x_forwarded_host="photos.example, inner:7860") == 200
+    assert code(origin=public, sec_fetch_site="same-origin") == 200
+    assert code(origin=other, host="photos.example", x_forwarded_host="photos.example") == 403
 
 
 def bomb() -> bytes:
