@@ -211,7 +211,10 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
 
         Raises:
             KeyError: with the ids that are not there.
+            ValueError: for a single text, whose letters may be ids.
         """
+        if isinstance(ids, str):
+            raise ValueError(f"remove takes a list of ids, not {ids!r}")
         with self.locked():
             ids = list(ids)
             unknown = self.unknown(ids)

@@ -151,6 +151,16 @@ def test_ids_and_times_that_nothing_can_hold(make_gallery, stage2, processor, pi
     assert len(gallery) == 5
 
 
+def test_a_single_id_is_no_list_of_ids(pictures, stage2, processor, tmp_path):
+    """Its letters may be ids."""
+    rows = datasets.Dataset.from_dict({"image": pictures[:3]}, features=datasets.Features({"image": datasets.Image()}))
+    gallery = Gallery.create(tmp_path / "g", stage2, processor)
+    gallery.add(rows, stage2, processor, progress=False)
+    with pytest.raises(ValueError, match="remove takes a list of ids, not '12'"):
+        gallery.remove("12")
+    assert len(gallery) == 3
+
+
 def test_what_became_no_regular_file_is_gone(make_gallery, picture_folder, stage2, processor):
     gallery = make_gallery()
     (picture_folder / "0.png").unlink()
