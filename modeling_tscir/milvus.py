@@ -10,17 +10,25 @@ from .shards import GalleryError
 
 
 REMOTE = ("http://", "https://", "tcp://", "unix:")
+ESCAPES = str.maketrans({'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
 
 
 def is_milvus(name: str | os.PathLike) -> bool:
     """Whether a gallery's name is an address of Milvus rather than a folder."""
-    name = os.fspath(name)
-    return name.startswith(REMOTE) or name.partition("#")[0].endswith(".db")
+    return os.fspath(name).startswith(REMOTE) or parts_of(name)[0].endswith(".db")
+
+
+def parts_of(uri: str | os.PathLike) -> tuple[str, str]:
+    """Address and collection. Shells complete a folder's name, which milvus-lite's is, with a slash."""
+    address, _, collection = os.fspath(uri).partition("#")
+    return address.rstrip("/\\"), collection or "gallery"
 
 
 def quoted(value) -> str:
-    """A value in Milvus's language, which knows letters beyond ASCII, but not JSON's escapes of them."""
-    return json.dumps(value, ensure_ascii=False)
+    """A value in Milvus's language, which takes characters as they are and knows few of JSON's escapes."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(quoted, value))}]"
+    return f'"{value.translate(ESCAPES)}"' if isinstance(value, str) else json.dumps(value)
 
 
 def as_filter(condition: Condition) -> str:
@@ -51,8 +59,8 @@ def told(problem: str) -> Iterator[None]:
 
 def holds_gallery(uri: str) -> bool:
     """Whether there is a whole gallery; one whose making was interrupted is none. Nothing is made by looking."""
-    address, _, collection = os.fspath(uri).partition("#")
-    name = f"{collection or 'gallery'}_info"
+    address, collection = parts_of(uri)
+    name = f"{collection}_info"
     if not address.startswith(REMOTE) and not os.path.exists(address):
         return False
     client = connect(address)

@@ -18,7 +18,7 @@ from .gallery import FORMAT, Gallery, fingerprint_of
 from .gallery_search import check_search
 from .images import load_image
 from .metadata import Where, as_text, conditions_of, kinds_of, values_of
-from .milvus import among, as_filter, connect, holds_gallery, is_milvus, quoted, told
+from .milvus import among, as_filter, connect, holds_gallery, is_milvus, parts_of, quoted, told
 from .shards import GalleryError
 
 
@@ -39,8 +39,7 @@ class MilvusGallery:
 
     def __init__(self, uri: str):
         self.uri = os.fspath(uri)
-        address, _, collection = self.uri.partition("#")
-        self.collection = collection or "gallery"
+        address, self.collection = parts_of(uri)
         if not holds_gallery(self.uri):
             raise GalleryError(f"{self.uri} holds no gallery; make one with: tscir index PHOTOS --output {self.uri}")
         self.client = connect(address)
@@ -57,8 +56,7 @@ class MilvusGallery:
         from . import __version__
 
         uri = os.fspath(uri)
-        address, _, collection = uri.partition("#")
-        collection = collection or "gallery"
+        address, collection = parts_of(uri)
         if holds_gallery(uri):
             raise GalleryError(f"{uri} is there already")
         client = connect(address)
@@ -133,24 +131,27 @@ class MilvusGallery:
         return self.uri
 
     def __len__(self) -> int:
-        return int(self.client.query(self.collection, filter="", output_fields=["count(*)"])[0]["count(*)"])
+        return int(self._query(filter="", output_fields=["count(*)"])[0]["count(*)"])
 
     def __contains__(self, name: str) -> bool:
         return bool(self._get([name], ["id"]))
+
+    def _query(self, **options) -> list[dict]:
+        with told(self.uri):
+            return self.client.query(self.collection, **options)
 
     def _get(self, ids: Sequence[str], fields: Sequence[str]) -> list[dict]:
         rows = []
         for start in range(0, len(ids), ROWS_AT_A_TIME):
             some = among(ids[start : start + ROWS_AT_A_TIME])
-            rows += self.client.query(self.collection, filter=some, output_fields=list(fields))
+            rows += self._query(filter=some, output_fields=list(fields))
         return rows
 
     def _rows(self, fields: Sequence[str], filter: str = "") -> Iterator[dict]:
         """All rows by their ids, some at a time. The client's own iterator does not bear a quote in an id."""
         after = ""
         while True:
-            rows = self.client.query(
-                self.collection,
+            rows = self._query(
                 filter=" and ".join(f"({part})" for part in (after, filter) if part),
                 output_fields=["id", *fields],
                 limit=ROWS_AT_A_TIME,
@@ -275,7 +276,10 @@ class MilvusGallery:
         return add_images(self, images, model, processor, **options)
 
     def remove(self, ids: Sequence[str]) -> None:
-        """Forget pictures; their files are not touched. Raises `KeyError` with the ids that are not there."""
+        """Forget pictures, as [`Gallery.remove`] does."""
+        if isinstance(ids, str):
+            raise ValueError(f"remove takes a list of ids, not {ids!r}")
+        ids = list(ids)
         unknown = self.unknown(ids)
         if unknown:
             raise KeyError(f"{self.uri} holds no {', '.join(map(repr, unknown[:5]))} ({len(unknown)} unknown ids)")
@@ -325,7 +329,8 @@ class MilvusGallery:
         """Delete the rows of `ids`."""
         names = sorted(ids)
         for start in range(0, len(names), ROWS_AT_A_TIME):
-            self.client.delete(self.collection, filter=among(names[start : start + ROWS_AT_A_TIME]))
+            with told(self.uri):
+                self.client.delete(self.collection, filter=among(names[start : start + ROWS_AT_A_TIME]))
 
     def set_paths(self, paths: dict[str, bytes]) -> None:
         """Where pictures, by their ids, lie now."""
@@ -348,6 +353,11 @@ class MilvusGallery:
         self.remember(columns=columns | kinds)
         values = {name: {k: v for k, v in values_of(frame, name).items() if v is not None} for name in ids}
         self._change(ids, lambda row: {"metadata": values[row["id"]]})
+        empty, rows = columns.keys() - set(frame.columns), self._rows(["metadata"])
+        while empty and (row := next(rows, None)):
+            empty -= row["metadata"].keys()
+        if empty:  # they went with the rows that had them
+            self.remember(columns={name: kind for name, kind in self.info["columns"].items() if name not in empty})
 
     def _change(self, ids: Sequence[str], change: Callable[[dict], dict]) -> None:
         for start in range(0, len(ids), ROWS_AT_A_TIME):

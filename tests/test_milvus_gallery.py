@@ -121,6 +121,9 @@ def test_it_follows_the_folder_and_survives_closing(both, stage2, processor, pic
     assert "0.png" not in remote and len(remote) == 5
     with pytest.raises(KeyError, match="0.png"):
         remote.remove(["0.png"])
+    with pytest.raises(ValueError, match="remove takes a list of ids, not '2.png'"):
+        remote.remove("2.png")
+    assert "2.png" in remote
     remote.client.close()
 
 
@@ -155,10 +158,25 @@ def test_a_column_without_values_changes_no_kind(both, stage2, processor, tmp_pa
         assert [r["id"] for r in found] == ["more/0.png"]
 
 
+def test_columns_go_with_the_last_of_their_values(both, stage2, processor, picture_folder, tmp_path):
+    (tmp_path / "more").mkdir()
+    noise(50).save(tmp_path / "more/0.png")
+    (tmp_path / "more/metadata.csv").write_text("file_name,price\n0.png,40\n", "utf-8")
+    (picture_folder / "metadata.csv").write_text("file_name,new\n0.png,7\n", "utf-8")
+    for gallery in both:
+        gallery.add(tmp_path / "more", stage2, processor, prefix="more/", progress=False)
+        gallery.add(picture_folder, stage2, processor, progress=False)
+        found = {r["id"]: r["metadata"] for r in gallery.search(QUERIES)[0]}
+        assert found["0.png"] == {"price": None, "new": 7} and found["more/0.png"] == {"price": 40, "new": None}
+        with pytest.raises(ValueError, match=r"no column 'colour' in .*; it has price, new"):
+            gallery.search(QUERIES, where={"colour": "red"})
+
+
 @pytest.mark.parametrize("page", [2, 500])
-def test_file_names_may_hold_quotes(stage2, processor, picture_folder, tmp_path, monkeypatch, page):
+def test_file_names_may_hold_any_character(stage2, processor, picture_folder, tmp_path, monkeypatch, page):
     monkeypatch.setattr("modeling_tscir.milvus_gallery.ROWS_AT_A_TIME", page)
-    names = ["it's.png", "a','0.png", 'quo"te.png', "back\\slash.png", "grün 紅.png"]
+    names = ["it's.png", "a','0.png", 'quo"te.png', "back\\slash.png", "grün 紅.png", "c\x1b[1m.png",
+             "\\u001b.png", "\\\x0c\b\x7f.png", "new\r\n\tline.png"]  # fmt: skip
     for number, name in enumerate(names):
         noise(number).save(picture_folder / name)
     uri = str(tmp_path / "g.db")
@@ -166,7 +184,12 @@ def test_file_names_may_hold_quotes(stage2, processor, picture_folder, tmp_path,
     assert set(names) < set(remote.ids) and all(name in remote for name in names)
     assert "none','0.png" not in remote and remote.content("x' or id != '") is None
     assert remote.source("it's.png") == str(picture_folder / "it's.png")
+    rows = [{"file_name": name, name: name} for name in names]
+    (picture_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    remote.add(picture_folder, stage2, processor, progress=False)
     for name in names:
+        for condition in (name, [name, "none"]):
+            assert [r["id"] for r in remote.search(QUERIES, where={name: condition})[0]] == [name]
         (picture_folder / name).unlink()
     remote = MilvusGallery.from_folder(picture_folder, uri, stage2, processor)
     assert not set(names) & set(remote.ids) and len(remote) == 6
@@ -200,6 +223,33 @@ def test_refusals(both, stage2, clip_dir, tmp_path, pictures):
         with pytest.raises(ValueError):
             remote.search(QUERIES, where=where)
     assert not (tmp_path / "none.db").exists()  # nothing is made by looking
+
+
+def test_what_milvus_refuses_is_told(both, monkeypatch):
+    from pymilvus import MilvusException
+
+    def refuse(*_, **__):
+        raise MilvusException(message="no such thing")
+
+    _, remote = both
+    for call in ("query", "delete"):
+        monkeypatch.setattr(remote.client, call, refuse)
+    for action in (
+        lambda: "0.png" in remote,
+        lambda: remote.ids,
+        lambda: len(remote),
+        lambda: remote.forget({"0.png"}),
+    ):
+        with pytest.raises(GalleryError, match=r"g\.db#shop: .*no such thing"):
+            action()
+
+
+def test_a_name_may_end_with_a_slash(both):
+    """As shells complete a folder's, which milvus-lite's is."""
+    _, remote = both
+    address, _, collection = remote.uri.partition("#")
+    assert is_milvus("a.db/") and is_milvus("a.db//#shop") and not is_milvus("/a.db/g/") and not is_milvus("/")
+    assert open_gallery(f"{address}/#{collection}").ids == remote.ids
 
 
 def test_a_server_that_does_not_answer_is_named(stage2, processor):
