@@ -107,13 +107,13 @@ class FileList(Sequence):
 
 
 class Found(NamedTuple):
-    """A folder's pictures and all else that was met on the way."""
+    """A folder's pictures and all else that was met on the way; `closed` are paths of what cannot be read, by id."""
 
     files: FileList
     unreadable: list[dict[str, str]]
     linked: list[str]
     other: Counter
-    closed_folders: list[str]
+    closed: dict[str, bytes]
 
 
 def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
@@ -127,7 +127,7 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
     top = os.fsencode(os.path.abspath(root))
     if not os.path.isdir(top):
         raise GalleryError(f"{root} is not a folder")
-    found = Found(FileList(), [], [], Counter(), [])
+    found = Found(FileList(), [], [], Counter(), {})
     seen: set[tuple[int, int]] = set()
 
     def note(path: bytes, reason: str) -> None:
@@ -147,7 +147,7 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
             if folder == top:
                 raise GalleryError(f"{root} cannot be read: {error.strerror}") from error
             note(folder, f"a folder that cannot be read: {error.strerror}")
-            found.closed_folders.append(name_of(folder, top, prefix))
+            found.closed[name_of(folder, top, prefix)] = folder
             continue
         folders = []
         for entry in entries:
@@ -155,7 +155,7 @@ def find_files(root: str | os.PathLike, prefix: str = "") -> Found:
                 status = entry.stat()
             except OSError as error:
                 note(entry.path, f"cannot be reached: {error.strerror}")
-                found.closed_folders.append(name_of(entry.path, top, prefix))  # it may have been one
+                found.closed[name_of(entry.path, top, prefix)] = entry.path  # it may have been a folder
                 continue
             if stat.S_ISDIR(status.st_mode):
                 (linked if entry.is_symlink() else folders).append(entry.path)
@@ -196,15 +196,15 @@ def same_file(path: bytes, other: bytes) -> bool:
 
 def gone_from(roots: Sequence[str | bytes | os.PathLike], found: Found) -> set[str]:
     """Ids of files that were in one of `roots` or below and are no longer there; those of folders that cannot be read
-    stay."""
-    below_one = [below_of(root) for root in roots]
-    closed = tuple(f"{name}/" for name in found.closed_folders)
+    stay, whatever prefix they have, or wherever they were before all of it moved."""
+    below_one, below_closed = ([below_of(folder) for folder in some] for some in (roots, found.closed.values()))
+    names, paths = tuple(f"{name}/" for name in found.closed), set(found.closed.values())
     return {
         name
         for name, path in found.files.missing()
         if any(below(path) for below in below_one)
-        and not name.startswith(closed)
-        and name not in found.closed_folders
+        and not (name.startswith(names) or name in found.closed)
+        and not (path in paths or any(below(path) for below in below_closed))
         and not os.path.isfile(path)
     }
 
@@ -214,6 +214,17 @@ def below_of(root: str | os.PathLike):
     named, top = (os.path.join(where(os.fsencode(root)), b"") for where in (os.path.abspath, os.path.realpath))
     real = functools.lru_cache(1024)(os.path.realpath)  # of folders, which come one after the other
     return lambda path: path.startswith(named) or os.path.join(real(os.path.dirname(path)), b"").startswith(top)
+
+
+def named_by(root: str | os.PathLike, prefix: str):
+    """Whether an id is the one that a path has in `root` under `prefix`, by its name or by where links lead."""
+    top, real = os.path.realpath(os.fsencode(root)), functools.lru_cache(1024)(os.path.realpath)
+
+    def named(name: str, path: bytes) -> bool:
+        end = os.sep.encode() + name.removeprefix(prefix).encode()
+        return name.startswith(prefix) and path.endswith(end) and real(path[: -len(end)]) == top
+
+    return named
 
 
 def read_file(path: bytes) -> tuple[bytes, os.stat_result]:

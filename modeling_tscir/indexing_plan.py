@@ -11,10 +11,10 @@ import pandas as pd
 
 from .files import (
     FileList,
-    below_of,
     content_digest,
     find_files,
     gone_from,
+    named_by,
     printable,
     read_file,
     same_file,
@@ -161,8 +161,8 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
     todo, replacing = found.files.new_or_changed()
     described = set()
     if frame is not None:
-        below = below_of(root)
-        described = found.files.ids() | {name for name, path in found.files.before() if below(path)}
+        named = named_by(root, prefix)
+        described = found.files.ids() | {name for name, path in found.files.before() if named(name, path)}
     return Plan(
         todo,
         replacing,

@@ -59,6 +59,33 @@ def test_links_to_what_is_away_lose_nothing(make_gallery, picture_folder, stage2
     assert gallery.add(picture_folder, stage2, processor, progress=False).removed == 1
 
 
+def test_what_is_away_stays_under_every_prefix(make_gallery, picture_folder, stage2, processor, tmp_path):
+    (tmp_path / "disk").mkdir()
+    noise(1).save(tmp_path / "disk/far.png")
+    (picture_folder / "below/in").symlink_to(tmp_path / "disk")
+    (picture_folder / "below/far.png").symlink_to(tmp_path / "disk/far.png")
+    gallery = make_gallery()
+    gallery.add(picture_folder / "below", stage2, processor, prefix="b/", progress=False)
+    before = gallery.ids
+    assert {"below/in/far.png", "b/in/far.png", "below/far.png", "b/far.png"} < set(before)
+    (tmp_path / "disk").rename(tmp_path / "away")
+    for folder, prefix in ((picture_folder / "below", "b/"), (picture_folder, "")):
+        report = gallery.add(folder, stage2, processor, prefix=prefix, progress=False)
+        assert report.removed == 0 and len(report.unreadable) == 2 and gallery.ids == before
+    for name in ("in", "far.png"):
+        (picture_folder / "below" / name).unlink()
+    assert gallery.add(picture_folder / "below", stage2, processor, prefix="b/", progress=False).removed == 4
+
+
+def test_a_moved_folder_keeps_what_cannot_be_read(make_gallery, picture_folder, stage2, processor, tmp_path):
+    gallery = make_gallery()
+    picture_folder.rename(tmp_path / "moved")
+    (tmp_path / "moved/below").rename(tmp_path / "away")
+    (tmp_path / "moved/below").symlink_to(tmp_path / "nowhere")
+    report = gallery.add(tmp_path / "moved", stage2, processor, progress=False)
+    assert (report.moved, report.removed) == (3, 0) and len(gallery) == 6
+
+
 def test_what_is_gone_from_a_linked_folder_is_gone(make_gallery, picture_folder, stage2, processor, tmp_path):
     (tmp_path / "disk").mkdir()
     for i in range(2):
