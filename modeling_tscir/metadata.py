@@ -89,8 +89,12 @@ def read_csv(path: Path) -> pd.DataFrame:
         options["index_col"] = False  # as each row ends with a comma
         texts = pd.read_csv(path, dtype="string", **options)
     frame = pd.read_csv(path, **options)
-    for name in frame.columns[[pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]:
-        if texts[name].str.match(r"\s*(0\d|\+|\d+[eE]\d)").any():
+    for name, kind in frame.dtypes.items():
+        if not pd.api.types.is_numeric_dtype(kind):
+            frame[name] = texts[name]  # pandas makes texts of missing cells, too, where numbers need all 64 bits
+            if texts[name].str.fullmatch("0|[1-9][0-9]{0,19}").all():
+                frame[name] = texts[name].astype(object).map(int, na_action="ignore")
+        elif texts[name].str.match(r"\s*(0\d|\+|\d+[eE]\d)").any():
             frame[name] = texts[name]
     return frame
 
@@ -119,7 +123,7 @@ def own_file(root: str | os.PathLike) -> Path | None:
 
 
 def tidy(frame: pd.DataFrame, source: str) -> pd.DataFrame:
-    """Columns of one kind each, with missing values as missing; a column of mixed values becomes text.
+    """Columns of one kind each, with missing and infinite values as missing; a column of mixed values becomes text.
 
     Raises:
         MetadataError: for a column whose name a result has already.
@@ -133,7 +137,10 @@ def tidy(frame: pd.DataFrame, source: str) -> pd.DataFrame:
         values = numbers_or_truths(column)
         if values is None:
             values = pa.array([as_text(value) for value in column.astype(object)], pa.string())
-        columns[str(name)] = values.to_pandas(types_mapper=NULLABLE.get).convert_dtypes().set_axis(frame.index)
+        values = values.to_pandas(types_mapper=NULLABLE.get)
+        if pd.api.types.is_float_dtype(values):
+            values = values.replace([np.inf, -np.inf], np.nan)
+        columns[str(name)] = values.convert_dtypes().set_axis(frame.index)
     return pd.DataFrame(columns, index=frame.index).rename_axis("id")
 
 
@@ -224,15 +231,20 @@ def reads_as_number(value) -> bool:
     return False
 
 
+def is_finite(number: Number) -> bool:
+    return isinstance(number, int) or math.isfinite(number)
+
+
 def of_kind(value, kind: str, column: str):
     if kind == "truth" and str(value).lower() in TRUTH:
         return TRUTH[str(value).lower()]
     if kind == "number" and not isinstance(value, bool):
-        if isinstance(value, Number):
+        if isinstance(value, Number) and is_finite(value):
             return value
-        for read in (int, float):  # a float does not hold every long whole number
-            with contextlib.suppress(TypeError, ValueError):
-                return read(value) if isinstance(value, str) else read("")
+        for read in (int, float) if isinstance(value, str) else ():  # a float does not hold every long whole number
+            with contextlib.suppress(ValueError):
+                if is_finite(number := read(value)):
+                    return number
     if kind == "text" and value is not None:
         return str(value)
     raise ValueError(f"column {column!r} holds {kind}s and cannot be compared with {value!r}")

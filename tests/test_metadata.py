@@ -150,6 +150,57 @@ def test_json_lines_as_windows_writes_them(tmp_path):
     assert read_metadata(tmp_path, None, "").loc["a", "price"] == 1
 
 
+@pytest.mark.parametrize("prefix", ["b/", ""])
+def test_a_folder_within_another_has_metadata_of_its_own(tmp_path, stage2, processor, picture_folder, prefix):
+    """Though both have the same files, in one gallery: each describes its own ids alone."""
+    (picture_folder / "metadata.csv").write_text("file_name,price\n0.png,1\nbelow/1.png,2\nbelow/3.png,3\n", "utf-8")
+    below = picture_folder / "below"
+    (below / "metadata.csv").write_text("file_name,price\n1.png,9\n", "utf-8")
+    gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
+    expected = {"0.png": 1, "below/1.png": 2, "below/3.png": 3, f"{prefix}1.png": 9}
+    (tmp_path / "link").symlink_to(below)
+    for folder, said in ((below, prefix), (picture_folder, ""), (tmp_path / "link", prefix)):
+        gallery.add(folder, stage2, processor, prefix=said, progress=False)
+        assert gallery.metadata["price"].dropna().to_dict() == expected
+    # What is not there just now is described by the newest file, too.
+    below.rename(tmp_path / "away")
+    below.symlink_to(tmp_path / "nowhere")
+    (picture_folder / "metadata.csv").write_text("file_name,price\n0.png,5\n", "utf-8")
+    gallery.add(picture_folder, stage2, processor, progress=False)
+    assert gallery.metadata["price"].dropna().to_dict() == {"0.png": 5, f"{prefix}1.png": 9} and len(gallery) == 9
+
+
+def test_long_numbers_beside_missing_ones(tmp_path):
+    rows = f"a,{2**64 - 1},{2**64}\nb,5,5\nc,,\n"
+    (tmp_path / "metadata.csv").write_text(f"file_name,phash,more\n{rows}", "utf-8")
+    frame = read_metadata(tmp_path, None, "")
+    assert kinds_of(frame) == {"phash": "number", "more": "text"}
+    assert frame["phash"].dropna().to_dict() == {"a": 2**64 - 1, "b": 5} and frame["more"].isna().sum() == 1
+    for where, found in (({"phash": ("!=", 5)}, ["a"]), ({"phash": (">", 4)}, ["a", "b"]),
+                         ({"phash": str(2**64 - 1)}, ["a"]), ({"more": ("!=", 5)}, ["a"])):  # fmt: skip
+        assert matching(frame, conditions_of(where, kinds_of(frame), "")) == found
+
+
+def test_an_empty_cell_among_long_numbers_is_missing(tmp_path):
+    """Where pandas makes texts of them, it makes one of the cell, too."""
+    (tmp_path / "metadata.csv").write_text(f"file_name,a,b\nx,{2**63},{2**64}\ny,-1,1.5\nz,,\n", "utf-8")
+    frame = read_metadata(tmp_path, None, "")
+    assert frame["a"].tolist()[:2] == [str(2**63), "-1"] and frame.loc["z"].isna().all()
+
+
+def test_infinite_numbers_are_missing_and_not_compared_with(tmp_path, stage2, processor, picture_folder):
+    values = {"0.png": float("inf"), "2.png": 0.5, "4.png": float("nan"), "below/1.png": float("-inf")}
+    rows = [{"file_name": name, "r": value} for name, value in values.items()]
+    (picture_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
+    frame = gallery.metadata
+    assert kinds_of(frame) == {"r": "number"} and frame["r"].dropna().to_dict() == {"2.png": 0.5}
+    json.dumps(gallery.search(gallery.vectors(np.array([0])).float()), allow_nan=False)
+    for value in (float("inf"), "-inf", "nan", np.float32("inf"), "1e999"):
+        with pytest.raises(ValueError, match="column 'r' holds numbers and cannot be compared with"):
+            conditions_of({"r": ("<", value)}, kinds_of(frame), "")
+
+
 def test_a_file_without_columns_takes_back_what_was_known(tmp_path, stage2, processor, picture_folder):
     (picture_folder / "metadata.csv").write_text("file_name,price\n0.png,99\n", "utf-8")
     gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
