@@ -46,12 +46,11 @@ class IndexMixin:
             _, found = self._search_index(index, queries, k, wanted)
             hits = [len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), found.tolist(), strict=True)]
             # A name of its own, so that a process which opened the gallery earlier never reads another's index.
-            old, token = self.info.get("index"), uuid.uuid4().hex
+            token = uuid.uuid4().hex
             write(index, self.folder / f"faiss-{token}.index")
             built = {"factory": factory, "recall_at_10": float(np.mean(hits)), "queries": num_queries}
             self.remember(index=built | {"token": token, "shards": self._shard_sizes()})
-            if old is not None:
-                (self.folder / f"faiss-{old['token']}.index").unlink(missing_ok=True)
+            self.clear_indexes()
             self._index = index
         return self.info["index"]
 
@@ -61,10 +60,16 @@ class IndexMixin:
     def drop_index(self) -> None:
         """Search exactly from now on."""
         with self.locked():
-            old = self.info.pop("index", None)
+            self.info.pop("index", None)
             self.remember()
-            if old is not None:
-                (self.folder / f"faiss-{old['token']}.index").unlink(missing_ok=True)
+            self.clear_indexes()
+
+    def clear_indexes(self) -> None:
+        """Remove all but the one that is known, such as what an interruption left."""
+        kept = f"faiss-{self.info['index']['token']}.index" if "index" in self.info else None
+        for path in self.folder.glob(f"faiss-{'[0-9a-f]' * 32}.index"):
+            if path.name != kept:
+                path.unlink(missing_ok=True)
 
     def index_is_old(self) -> bool:
         """Whether there is an index of other rows than these, which searches do without."""

@@ -31,11 +31,20 @@ class WritingMixin:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second writer out, and begins with what the last one left. Raises `GalleryError` if there is one."""
+        """Keeps a second writer out, and begins with what the last one left.
+
+        Raises:
+            GalleryError: if there is one, or the folder cannot be written to.
+        """
         if self._locks:  # by this one already
             yield
             return
-        with open(self.folder / ".lock", "w", encoding="utf-8") as file:
+        try:
+            file = open(self.folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            remedy = "index into another gallery, or have it changed by whom it belongs to"
+            raise GalleryError(f"{self.folder} cannot be written to ({error.strerror}); {remedy}") from error
+        with file:
             with contextlib.suppress(ImportError):  # Windows has no fcntl
                 import fcntl
 
@@ -50,6 +59,7 @@ class WritingMixin:
                     )
             clear_leavings(self.folder / "shards")
             self.info = json.loads((self.folder / "gallery.json").read_text(encoding="utf-8"))
+            self.clear_indexes()
             self.reload()
             self._locks += 1
             try:
@@ -104,7 +114,8 @@ class WritingMixin:
 
     def set_metadata(self, frame: pd.DataFrame | None = None, replaced: set[str] = frozenset()) -> None:
         """Put `frame`'s rows, by id, in place of those of its ids and of `replaced`; keep that of other pictures."""
-        new = self.metadata if frame is None else merged(self.metadata, frame, replaced)
+        old = self.metadata[self.rows.of(self.metadata.index) >= 0]  # of others, too, if an interruption left them
+        new = old if frame is None else merged(old, frame, replaced)
         new = new[self.rows.of(new.index) >= 0]
         path = self.folder / "metadata.arrow"
         if len(new.columns):

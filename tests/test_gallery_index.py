@@ -93,6 +93,32 @@ def test_an_index_whose_rebuilding_was_interrupted_is_rebuilt(
     assert gallery._faiss() is not None and Gallery(gallery.folder)._faiss() is not None
 
 
+@pytest.mark.parametrize("moment", ["_shard_sizes", "remember"])
+def test_an_index_whose_building_was_interrupted_leaves_nothing(make_gallery, monkeypatch, moment):
+    """Neither the new one, before it is known, nor the old one after that."""
+    pytest.importorskip("faiss")
+    gallery = make_gallery()
+    gallery.build_index("Flat")
+    (gallery.folder / "faiss-of-my-own.index").write_text("mine", "utf-8")
+    real = getattr(Gallery, moment)
+
+    def interrupted(self, **entries):
+        if moment == "remember":
+            real(self, **entries)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Gallery, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gallery.build_index("HNSW8")
+    assert len(list(gallery.folder.glob("faiss-*"))) == 3
+    again = Gallery(gallery.folder)
+    again.remove(["0.png"])
+    assert again._faiss() is not None and len(list(gallery.folder.glob("faiss-*"))) == 2
+    again.drop_index()
+    assert [path.name for path in gallery.folder.glob("faiss-*")] == ["faiss-of-my-own.index"]
+
+
 def test_an_index_that_cannot_be_rebuilt_goes_and_the_report_stays(make_gallery, picture_folder, stage2, processor):
     pytest.importorskip("faiss")
     for i in range(40):

@@ -201,6 +201,25 @@ def test_infinite_numbers_are_missing_and_not_compared_with(tmp_path, stage2, pr
             conditions_of({"r": ("<", value)}, kinds_of(frame), "")
 
 
+def test_columns_of_pictures_that_were_forgotten_before_an_interruption_go(
+    tmp_path, stage2, processor, picture_folder, monkeypatch
+):
+    (picture_folder / "metadata.csv").write_text("file_name,old\n0.png,1\n", "utf-8")
+    gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
+    (picture_folder / "0.png").unlink()
+    (picture_folder / "metadata.csv").write_text("file_name,new\n2.png,2\n", "utf-8")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Gallery, "set_metadata", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gallery.add(picture_folder, stage2, processor, progress=False)
+    gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
+    assert "0.png" not in gallery and gallery.metadata.to_dict() == {"new": {"2.png": 2}}
+
+
 def test_a_file_without_columns_takes_back_what_was_known(tmp_path, stage2, processor, picture_folder):
     (picture_folder / "metadata.csv").write_text("file_name,price\n0.png,99\n", "utf-8")
     gallery = Gallery.from_folder(picture_folder, tmp_path / "g", stage2, processor, progress=False)
