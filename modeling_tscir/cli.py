@@ -332,11 +332,17 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, 1 with --strict over unreadable files, 2 for mistakes, 130 when interrupted."""
+    """Exit code: 0, 1 with --strict over unreadable files, 2 for mistakes, 130 when interrupted, 141 when nobody reads
+    on, as with `| head`."""
     args = parse_arguments(arguments)
     run = {"index": run_index, "search": run_search, "info": run_info, "serve": run_serve}[args.command]
     try:
-        return run(args)
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python would flush at its end
+        return 141
     except KeyboardInterrupt:
         tell("interrupted; run the same again to go on")
         return 130

@@ -16,6 +16,7 @@ from .images import thumbnail
 
 
 CELL = 224
+LONGEST = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}  # pixels that such a file holds in height
 STYLE = """
 body { font: 15px system-ui, sans-serif; margin: 2rem; color: #222; background: #fff }
 main { display: flex; flex-wrap: wrap; gap: 1rem }
@@ -56,10 +57,20 @@ def write_html(path: Path, gallery: Gallery, content: Sequence, results: Sequenc
 
 
 def write_png(path: Path, gallery: Gallery, content: Sequence, results: Sequence[dict], columns: int = 5) -> None:
-    """A contact sheet: the query in the first row, the results below it in reading order."""
+    """A contact sheet: the query in the first row, the results below it in reading order.
+
+    Raises:
+        ValueError: if the file's format does not hold as many.
+    """
     text_height, margin = 36, 8
     width = margin + columns * (CELL + margin)
     height = margin + CELL + text_height + -(-len(results) // columns) * (CELL + text_height + margin)
+    longest = LONGEST.get(path.suffix.lower(), height)
+    if height > longest:
+        raise ValueError(
+            f"{path}: {len(results)} results make {height} pixels in height, of which it holds {longest}; name a .png "
+            "file, or ask for fewer"
+        )
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
 

@@ -1,12 +1,16 @@
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
+from conftest import ROOT
 from PIL import Image, ImageDraw, ImageFont
 
 from modeling_tscir import cli
-from modeling_tscir.contact_sheet import font, wrapped
+from modeling_tscir.contact_sheet import LONGEST, font, wrapped
 
 
 @pytest.fixture
@@ -178,6 +182,39 @@ def test_an_empty_gallery_is_not_searched(run, model_dir, tmp_path):
     assert run("index", tmp_path / "none", "-o", tmp_path / "g", "--model", model_dir)[0] == 2
     code, out, err = run("search", tmp_path / "g", "--text", "red")
     assert code == 2 and out == "" and "holds no pictures" in err
+
+
+def test_a_picture_that_its_format_does_not_hold_is_refused(run, indexed, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_tscir.contact_sheet.LONGEST", {".webp": 600})
+    query = ("search", indexed, "--text", "red", "-k", 6)
+    code, _, err = run(*query, "--png", tmp_path / "o.webp")
+    assert code == 2 and "o.webp: 6 results make 804 pixels in height, of which it holds 600; name a .png" in err
+    assert not (tmp_path / "o.webp").exists() and run(*query, "--png", tmp_path / "o.png")[0] == 0
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".jpg"])
+def test_the_longest_pictures_are_as_long_as_that(suffix, tmp_path):
+    longest = LONGEST[suffix]
+    Image.new("RGB", (1, longest)).save(tmp_path / f"a{suffix}")
+    with pytest.raises((OSError, ValueError)):
+        Image.new("RGB", (1, longest + 1)).save(tmp_path / f"b{suffix}")
+
+
+def test_a_gallery_that_one_may_only_read_is_named(run, indexed, picture_folder):
+    (indexed / ".lock").unlink()
+    (indexed / ".lock").mkdir()  # as root may write everywhere
+    code, out, err = run("index", picture_folder, "-o", indexed)
+    assert code == 2 and f"{indexed} cannot be written to (Is a directory)" in err and "another gallery" in err
+
+
+def test_a_reader_that_has_enough_is_no_mistake(indexed):
+    """As in tscir info G | head -1."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "modeling_tscir.cli", "info", indexed]
+    done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=200)
+    os.close(writing)
+    assert done.returncode == 141 and "roken" not in done.stderr, done.stderr
 
 
 def test_strict_tells_by_its_exit_code(run, indexed, picture_folder):
