@@ -28,7 +28,9 @@ def quoted(value) -> str:
     """A value in Milvus's language, which takes characters as they are and knows few of JSON's escapes."""
     if isinstance(value, list):
         return f"[{', '.join(map(quoted, value))}]"
-    return f'"{value.translate(ESCAPES)}"' if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return f'"{value.translate(ESCAPES)}"'
+    return json.dumps(value, default=lambda number: number.item())  # of numpy
 
 
 def as_filter(condition: Condition) -> str:

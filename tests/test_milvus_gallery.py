@@ -95,7 +95,8 @@ def test_it_answers_as_a_folders_gallery_does(both):
     for options in ({}, {"top_k": 2}, {"where": {"colour": "red"}}, {"where": {"price": (">", 10)}},
                     {"where": {"colour": 'bl"ue'}}, {"where": {"colour": ["red", "x"], "price": ("<=", 20)}},
                     {"where": {"price": ("!=", 10)}}, {"exclude": ["again.png"]}, {"where": {"größe": "é"}},
-                    {"where": {"größe": ["中"]}}, {"where": {"colour": []}},
+                    {"where": {"größe": ["中"]}}, {"where": {"colour": []}}, {"where": {"price": (">", np.int64(10))}},
+                    {"where": {"price": [np.float32(20), 7]}},
                     {"where": {"colour": ("not in", ["red"])}}, {"where": {"colour": ("not in", [])}},
                     {"where": [("price", ">", 10), ("price", "<", 30)]}):  # fmt: skip
         mine, other = plain(remote.search(QUERIES, **options)), plain(local.search(QUERIES, **options))
