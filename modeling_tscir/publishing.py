@@ -2,7 +2,6 @@
 wrote down."""
 
 import csv
-import fnmatch
 import json
 import os
 import platform
@@ -21,8 +20,14 @@ from .model_card import ON_HUB, model_card, public
 
 NAMES = ("model_name_or_path", "dataset_name")  # of folders, or on the Hub
 PATHS = (*NAMES, "output_dir", "feature_cache_dir", "resume_from_checkpoint", "config")
-FOLDERS = re.compile(r"""(?<![\w.:/])(/|[A-Za-z]:[\\/])([^/\\\n'",]+[/\\])+""")  # absolute, before a file's name
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapters/*")
+FOLDERS = re.compile(  # absolute, before a file's name: within quotes, or up to what training says behind a path
+    r"""(['"])(?:/|[A-Za-z]:[\\/])(?:\\\1|(?!\1).)*[/\\]"""
+    r"""|(?<![\w.:/'"])(?:/|[A-Za-z]:[\\/])(?:(?!, (?:row|key|sample) ).)*[/\\]"""
+)
+WRITTEN = re.compile(  # what a repository no longer has once a publication does not bring it
+    r".*\.safetensors(\.index\.json)?|adapters/.*|\.eval_results/tscir\.yaml|training_arguments\.json"
+    r"|examples/\d+(\.\w+)?"
+)
 
 
 def default_form(model) -> str:
@@ -130,7 +135,8 @@ def upload_repository(
     commit_message: str | None = None,
     create_pr: bool = False,
 ):
-    """Create the repository if need be and commit the folder to it, with weights of another form removed.
+    """Create the repository if need be and commit the folder to it; what was published before and is not now, such as
+    weights of another form or figures of another model, is removed.
 
     Returns:
         `huggingface_hub`'s CommitInfo.
@@ -151,7 +157,7 @@ def upload_repository(
         there = api.list_repo_files(repo_id, revision=None if create_pr else revision)
     except OSError:  # a new branch of an empty repository
         there = []
-    stale = [name for name in there if name not in here and any(fnmatch.fnmatch(name, kind) for kind in WEIGHTS)]
+    stale = [name for name in there if name not in here and WRITTEN.fullmatch(name)]
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
@@ -178,7 +184,9 @@ def forget_local_paths(folder: Path, backbone: str | None) -> None:
 
 def training_records(folder: str | os.PathLike | None) -> dict:
     """What training wrote about itself and the stage before it, without this machine's folders."""
-    path = Path(folder or "") / "training_arguments.json"
+    if not folder:  # else a model that was never saved would have what lies in the working directory
+        return {}
+    path = Path(folder) / "training_arguments.json"
     if not path.is_file():
         return {}
     try:
@@ -197,7 +205,7 @@ def without_folders(record: dict) -> dict:
         elif name in PATHS and isinstance(value, str) and not (name in NAMES and ON_HUB.fullmatch(value)):
             value = os.path.basename(os.path.normpath(value))
         elif name == "skipped_images":
-            value = [[FOLDERS.sub("", text) for text in skipped] for skipped in value]
+            value = [[FOLDERS.sub(r"\1", text) for text in skipped] for skipped in value]
         shortened[name] = value
     return shortened
 

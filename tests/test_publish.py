@@ -123,7 +123,6 @@ def hub(prepared):
 @pytest.fixture
 def run(hub, prepared, tmp_path):
     """A fresh process of its own home and working directory; with the package, from this checkout, unless told."""
-
     shutil.copytree(prepared[1] / "trained", tmp_path / "trained")
     return functools.partial(run_in, tmp_path, hub)
 
@@ -201,6 +200,20 @@ def test_pushing_from_python(run, hub, clip_dir):
     run("-c", loading, home="fresh")
 
 
+def test_what_was_said_of_an_earlier_model_goes_with_its_weights(run, hub, tmp_path):
+    ours = {".eval_results/tscir.yaml", "training_arguments.json", "examples/0.png", "examples/12.jpg"}
+    others = {".eval_results/others.yaml", "examples/first.png", "examples/0/0.png", "notes/training_arguments.json"}
+    for path in (tmp_path / "earlier" / name for name in ours | others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"seed": 1}', "utf-8")
+    pushing = "import huggingface_hub as hub, modeling_tscir as m; hub.create_repo(n := 'alice/{}'); "
+    pushing += "hub.upload_folder(repo_id=n, folder_path='earlier'); m.TSCIRModel.from_pretrained('trained')"
+    run("-c", f"{pushing.format('none')}.push_to_hub(n)")
+    assert (ours | others) & hub.files("alice/none").keys() == others
+    run("-c", f"{pushing.format('record')}.push_to_hub(n, training='earlier/notes')")
+    assert ours & hub.files("alice/record").keys() == {"training_arguments.json"}  # its own
+
+
 def results(model) -> dict:
     described = {"name_or_path": "x", "trained_fingerprint": model.trained_fingerprint(), "backbone_fingerprint": None}
     return {
@@ -212,7 +225,7 @@ def results(model) -> dict:
     }  # fmt: skip
 
 
-def test_the_card_says_what_runs_wrote(stage2, processor, picture_folder, tmp_path):
+def test_the_card_says_what_runs_wrote(stage2, processor, picture_folder, tmp_path, monkeypatch):
     record = {"dataset_name": "someone/triplets", "model_name_or_path": str(tmp_path), "learning_rate": 1e-3,
               "modification_column": "modification",
               "hours": 1.5, "hardware": "2 x Some GPU", "versions": {"torch": "9.9"}, "skipped_images": [],
@@ -242,6 +255,7 @@ def test_the_card_says_what_runs_wrote(stage2, processor, picture_folder, tmp_pa
     entries = yaml.safe_load((out / ".eval_results/tscir.yaml").read_text("utf-8"))
     assert entries[0]["dataset"] == {"id": "someone/cirr", "task_id": "cirr_val"} and entries[0]["value"] == 25.0
     assert {str(f) for f in files} >= {"examples/0.png", ".eval_results/tscir.yaml", "training_arguments.json"}
+    monkeypatch.chdir(trained)  # whose record is not that of a model without a folder
     bare = write_repository(tmp_path / "bare", stage2)
     card = (tmp_path / "bare/README.md").read_text("utf-8")
     assert "No figures were given" in card and "no record of its training" in card and "license: other" in card
@@ -376,8 +390,10 @@ def test_what_training_records(launch, clip_dir, tmp_path):
 
 def test_what_was_skipped_names_no_folder(tmp_path):
     skipped = [["row 3, column image, /home/a/my photos/x.jpg", "[Errno 2] No such file: '/home/a/x.jpg'"],
-               ["shard /data/3.tar, sample 1/2", "broken"]]  # fmt: skip
+               ["shard /data/3.tar, sample 1/2", "broken"],
+               ["row 3, column image, /home/my, own/it's/x.jpg", "No such file: \"/home/it's,/x.jpg\""]]  # fmt: skip
     (tmp_path / "training_arguments.json").write_text(json.dumps({"skipped_images": skipped}), "utf-8")
     assert training_records(tmp_path)["skipped_images"] == [
         ["row 3, column image, x.jpg", "[Errno 2] No such file: 'x.jpg'"], ["shard 3.tar, sample 1/2", "broken"],
+        ["row 3, column image, x.jpg", 'No such file: "x.jpg"'],
     ]  # fmt: skip
