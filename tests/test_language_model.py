@@ -130,24 +130,41 @@ def test_busy_servers_are_waited_for(server, write):
     assert found[1] is None and time.perf_counter() - start < 2  # bounded, whatever the server asks for
 
 
-def test_a_model_that_never_writes_anything_usable_is_not_paid_to_the_end(server, write, monkeypatch):
+def test_a_model_that_never_writes_anything_usable_is_not_paid_to_the_end(server, write, monkeypatch, tmp_path):
     """As one that thinks for longer than its answer may be."""
     monkeypatch.setattr("language_model.HOPELESS", 6)
     with pytest.raises(ValueError, match=r"nothing usable for \d pairs in a row, the last time: .*'<think> I must"):
         write(["<think> I must look at both"], pairs=200, attempts=1)
     assert len(server.requests) <= 12
+    (tmp_path / "answers.jsonl").unlink()  # else they are known as given up
     found, _ = write(["No.", "No.", "No.", "No.", "No.", GOOD, "No.", "No.", "No.", "No.", GOOD], 12, attempts=1)
     assert [text is None for text in found] == [True] * 5 + [False] + [True] * 4 + [False] * 2
 
 
-def test_pairs_that_were_refused_among_others_do_not_stop_the_run_that_goes_on(server, write, monkeypatch):
-    """They are asked again, while what was written between them comes from the cache."""
+def test_pairs_that_were_refused_are_not_paid_again_and_do_not_stop_the_run_that_goes_on(server, write, monkeypatch):
+    """What was written between them comes from the cache."""
     monkeypatch.setattr("language_model.HOPELESS", 3)
-    found, _ = write(["No.", GOOD] * 5, pairs=10, attempts=1)
+    found, first = write(["No.", GOOD] * 5, pairs=10, attempts=1)
     assert [text is None for text in found] == [True, False] * 5
-    found, report = write(["No."] * 5 + [GOOD], pairs=12, attempts=1)
-    assert [text is None for text in found] == [True, False] * 5 + [False] * 2
+    found, report = write([GOOD], pairs=12, attempts=1)
+    assert [text is None for text in found] == [True, False] * 5 + [False] * 2 and len(server.requests) == 12
     assert report["from cache"] == 5 and report["given up"] == 5 and report["written"] == 2
+    assert first["prompt_tokens"] == 500 and report["prompt_tokens"] == 600 and report["completion_tokens"] == 108
+    found, report = write([GOOD], pairs=12, attempts=2)  # one more of each than before
+    assert None not in found and report["written"] == 5 and len(server.requests) == 17
+
+
+def test_pairs_that_were_refused_are_asked_again_once_answers_may_be_longer(server, tmp_path):
+    server.script = ["<think> I must", GOOD]
+    for max_tokens, expected in ((9, None), (9, None), (99, "make it red")):
+        ask = Endpoint(server.url, "model", max_tokens=max_tokens)
+        assert list(Writer(ask, tmp_path / "answers.jsonl", attempts=1).write([("a star", "a ring")])) == [expected]
+    assert len(server.requests) == 2
+
+
+def test_pairs_that_an_endpoint_did_not_answer_are_asked_again(server, write):
+    assert write([(401, "no key", {})])[0] == write([(503, "", {})], attempts=1)[0] == [None]
+    assert write([GOOD])[0] == ["make it red"] and len(server.requests) == 3
 
 
 def test_answers_are_kept_as_they_come(server, tmp_path):
@@ -180,6 +197,7 @@ def test_what_a_server_says_of_an_error_is_told(server, write, monkeypatch):
         b"HTTP/1.1 200 OK\r\n\r\n[]",
         b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": "n/a"}}',
         b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": [1]}}',
+        b'HTTP/1.1 200 OK\r\n\r\n{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": NaN}}',
         b"",
     ],
 )
@@ -211,8 +229,22 @@ def test_how_long_an_answer_may_be_can_be_told(server):
 def test_equal_pairs_are_asked_once(server, tmp_path):
     server.script = [GOOD]
     writer = Writer(Endpoint(server.url, "model"), tmp_path / "answers.jsonl")
-    assert list(writer.write([("a star", "a ring")] * 9, workers=1)) == ["make it red"] * 9
-    assert len(server.requests) == 1
+    assert list(writer.write([("a star", "a ring")] * 9, workers=8)) == ["make it red"] * 9
+    assert len(server.requests) == 1 and writer.report["written"] == 1 and writer.report["from cache"] == 8
+    server.script = ["No."]
+    writer = Writer(Endpoint(server.url, "model"), tmp_path / "others.jsonl", attempts=2)
+    assert list(writer.write([("a star", "a ring")] * 9, workers=1)) == [None] * 9  # of three blocks
+    assert len(server.requests) == 3 and writer.report["given up"] == 9
+
+
+def test_a_key_that_cannot_be_sent_is_told_at_once_and_not_shown(server, tmp_path):
+    server.script = [GOOD]
+    assert Endpoint(server.url, "model", api_key="sk-abc\n")("x")[0] == GOOD  # as files and shells end
+    assert server.headers[0]["Authorization"] == "Bearer sk-abc"
+    for key in ("sk-a\nbc", "sk-\u2019bc"):
+        writer = Writer(Endpoint(server.url, "model", api_key=key), tmp_path / "answers.jsonl", first_wait=9)
+        assert list(writer.write([("a", "b")])) == [None]
+        assert "API key" in writer.last and "sk-" not in writer.last and sum(writer.report.values()) == 2
 
 
 def test_timeouts_and_broken_replies_are_bounded(server, write):

@@ -163,6 +163,8 @@ def test_texts_written_by_a_language_model(data, tmp_path, server, capsys):  # n
     shutil.rmtree(tmp_path / "out" / "data")  # as if interrupted before the triplets were written
     run(data, tmp_path / "out", *flags)
     assert len(server.requests) == asked  # all from the cache
+    again = json.loads(capsys.readouterr().out.split("\nwritten")[0])["writing"]
+    assert again["from cache"] == 6 and again["cost"] == report["writing"]["cost"]  # of all that was asked
     with pytest.raises(SystemExit):
         run(data, tmp_path / "x", "--quality", "high")
 

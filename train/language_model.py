@@ -1,13 +1,14 @@
 """Modification texts written by a language model: any OpenAI-compatible endpoint, or a chat model of `transformers`.
 
 Answers are kept as they come, one JSON line each, so that a run that was stopped goes on where it was and pays nothing
-twice. Attempts are bounded; what stays unusable is counted by reason, never replaced.
+twice. Attempts are bounded, over all runs; what stays unusable is counted by reason, never replaced.
 """
 
 import hashlib
 import http.client
 import itertools
 import json
+import math
 import re
 import threading
 import time
@@ -28,7 +29,9 @@ Somebody looks at the first picture and wants the second. Write what they would 
 what to change, without describing what stays the same, and without the words "picture", "image" or "caption".
 Answer with JSON alone: {{"modification": "..."}}"""
 MAX_WORDS = 40
+TOKENS = ("prompt_tokens", "completion_tokens")
 HOPELESS = 32  # pairs in a row without a usable answer, after which a model is left alone
+FROM_CACHE, GIVEN_UP = Counter({"from cache": 1}), Counter({"given up": 1, "not asked again": 1})
 
 
 class UnusableAnswer(ValueError):
@@ -81,7 +84,7 @@ class Endpoint:
     Args:
         url: up to `/v1`; `/chat/completions` is added.
         model: its name there.
-        api_key: sent as a bearer token.
+        api_key: sent as a bearer token, without blanks or a line's end around it.
         timeout: seconds for an answer.
         max_tokens: of an answer, what a model thinks before it included.
     """
@@ -96,7 +99,8 @@ class Endpoint:
         max_tokens: int = 120,
     ):
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
-        self.api_key, self.timeout, self.temperature, self.max_tokens = api_key, timeout, temperature, max_tokens
+        self.api_key = api_key and api_key.strip()
+        self.timeout, self.temperature, self.max_tokens = timeout, temperature, max_tokens
 
     def __call__(self, prompt: str) -> tuple[str, dict]:
         """The answer's text, and the tokens it took. Raises `EndpointError`."""
@@ -111,11 +115,7 @@ class Endpoint:
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                content = json.loads(response.read())
-            answer, usage = content["choices"][0]["message"]["content"] or "", content.get("usage")
-            if not isinstance(answer, str):
-                raise TypeError(f"content is {answer!r}")
-            return answer, usage if isinstance(usage, dict) else {}
+                received = response.read()
         except urllib.error.HTTPError as error:
             wait = error.headers.get("Retry-After", "")
             wait = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
@@ -127,8 +127,16 @@ class Endpoint:
             raise EndpointError(f"HTTP {error.code}", wait, permanent, reason) from error
         except (OSError, http.client.HTTPException) as error:
             raise EndpointError(f"no connection or timeout ({str(error) or type(error).__name__})") from error
+        except ValueError as error:  # whose text may hold the key
+            raise EndpointError("an API key or an address that cannot be sent", permanent=True) from error
+        try:
+            content = json.loads(received)
+            answer, usage = content["choices"][0]["message"]["content"] or "", content.get("usage")
+            if not isinstance(answer, str):
+                raise TypeError(f"content is {answer!r}")
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise EndpointError("an answer that is no chat completion") from error
+        return answer, usage if isinstance(usage, dict) else {}
 
 
 class ChatModel:
@@ -152,12 +160,16 @@ class ChatModel:
 
 
 class Writer:
-    """Asks a language model for modifications, within bounds, and remembers every answer.
+    """Asks a language model for modifications, within bounds, and remembers every answer and the tokens that it took.
+
+    A pair whose answers were unusable `attempts` times is given up and not paid for again, by this run or one that
+    goes on, unless more attempts or longer answers are allowed then. A pair that the endpoint did not answer is asked
+    again by the next run. `.report` counts what this run did, and the tokens of all runs of this cache.
 
     Args:
         ask: an [`Endpoint`], a [`ChatModel`], or any function from a prompt to (text, usage) with a `.model` name.
         cache: file of JSON lines.
-        attempts: at most this many requests a pair.
+        attempts: at most this many requests a pair in a run, and answers of a pair in all runs.
         first_wait: seconds before the second attempt, doubled for each further one, unless the endpoint says how long.
         max_wait: never wait longer.
     """
@@ -165,7 +177,9 @@ class Writer:
     def __init__(self, ask: Callable, cache: Path, attempts: int = 4, first_wait: float = 1.0, max_wait: float = 60.0):
         self.ask, self.cache = ask, Path(cache)
         self.attempts, self.first_wait, self.max_wait = attempts, first_wait, max_wait
+        self.max_tokens = getattr(ask, "max_tokens", None)
         self.known: dict[str, str] = {}
+        self.unusable: Counter = Counter()  # answers, by key and how long they were allowed to be
         self.report: Counter = Counter()
         self.last = ""  # what went wrong, the last time something did
         self.unanswered = 0  # pairs in a row
@@ -174,8 +188,12 @@ class Writer:
             for line in self.cache.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                    self.known[row["key"]] = row["modification"]
-                except (json.JSONDecodeError, KeyError):
+                    if "unusable" in row:
+                        self.unusable[row["key"], row["max_tokens"]] += row["unusable"]
+                    else:
+                        self.known[row["key"]] = row["modification"]
+                    self.report.update({name: row[name] for name in TOKENS if name in row})
+                except (json.JSONDecodeError, KeyError, TypeError):
                     self.report["half-written lines of the cache"] += 1  # the run was stopped as it wrote
 
     def key(self, prompt: str) -> str:
@@ -195,9 +213,14 @@ class Writer:
             ask = partial(self._one, file=file)
             # A little at a time, so that a run that is stopped does not wait for all that it had queued.
             while ahead := list(itertools.islice(pairs, 4 * workers)):
-                for text, counts in pool.map(ask, ahead):
+                different = dict.fromkeys(ahead)
+                answers = dict(zip(different, pool.map(ask, different), strict=True))
+                for pair in ahead:
+                    text, counts = answers[pair]
                     self.report.update(counts)
-                    self.unanswered = self.unanswered + 1 if counts["given up"] else 0
+                    if not counts["not asked again"]:
+                        self.unanswered = self.unanswered + 1 if counts["given up"] else 0
+                    answers[pair] = text, GIVEN_UP if text is None else FROM_CACHE
                     yield text
                 if self.unanswered >= HOPELESS:
                     raise ValueError(
@@ -210,19 +233,23 @@ class Writer:
         prompt = PROMPT.format(reference=pair[0], target=pair[1])
         key, counts = self.key(prompt), Counter()
         if key in self.known:
-            return self.known[key], Counter({"from cache": 1})
-        for attempt in range(self.attempts):
+            return self.known[key], FROM_CACHE
+        before = self.unusable[key, self.max_tokens]
+        left = self.attempts - before
+        if left < 1:
+            self.last = self.last or "unusable answers of a run before; more attempts ask again"
+            return None, GIVEN_UP
+        for attempt in range(left):
             wait = self.first_wait * 2**attempt
             try:
-                answer, tokens = self.ask(prompt)
-                told = {k: tokens.get(k) for k in ("prompt_tokens", "completion_tokens")}
-                counts.update({k: int(count) for k, count in told.items() if isinstance(count, (int, float))})
+                answer, usage = self.ask(prompt)
+                told = {name: usage.get(name) for name in TOKENS}
+                counts.update({k: int(n) for k, n in told.items() if isinstance(n, (int, float)) and math.isfinite(n)})
                 text = self.known[key] = parse_modification(answer)
-                with self.lock:
-                    file.write(json.dumps({"key": key, "modification": text}) + "\n")
-                    file.flush()
+                self._keep(file, {"key": key, "modification": text}, counts)
                 return text, counts + Counter({"written": 1})
             except UnusableAnswer as error:
+                self.unusable[key, self.max_tokens] += 1
                 counts[f"unusable answer: {error}"] += 1
                 self.last = f"{error} in {answer[:200]!r}"
                 wait = 0.0  # asking again at once may well help
@@ -232,6 +259,14 @@ class Writer:
                 if error.permanent:
                     break
                 wait = error.wait if error.wait is not None else wait
-            if attempt + 1 < self.attempts:
+            if attempt + 1 < left:
                 time.sleep(min(wait, self.max_wait))
+        if unusable := self.unusable[key, self.max_tokens] - before:
+            self._keep(file, {"key": key, "unusable": unusable, "max_tokens": self.max_tokens}, counts)
         return None, counts + Counter({"given up": 1})
+
+    def _keep(self, file: IO[str], row: dict, counts: Counter) -> None:
+        row |= {name: counts[name] for name in TOKENS if name in counts}
+        with self.lock:
+            file.write(json.dumps(row) + "\n")
+            file.flush()

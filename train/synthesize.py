@@ -332,7 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--language_model", help="of high quality: a name at the endpoint, or a transformers model")
     parser.add_argument("--endpoint", help="http://host:port/v1; the key is read from OPENAI_API_KEY")
-    parser.add_argument("--attempts", type=int, default=4, help="requests a pair at most")
+    parser.add_argument(
+        "--attempts", type=int, default=4, help="requests a pair at most, unusable answers of runs before included"
+    )
     parser.add_argument("--max_tokens", type=int, default=120, help="of an answer; more for a model that thinks first")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for an answer")
     parser.add_argument("--workers", type=int, default=8, help="requests at a time")
