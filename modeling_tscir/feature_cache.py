@@ -33,6 +33,14 @@ def preprocessing_of(processor) -> dict:
     return {"padded_aspect_ratio": processor.padded_aspect_ratio, **kept}
 
 
+def tokenizer_of(processor) -> list:
+    """Everything of a processor that decides what the text tower reads."""
+    tokenizer = processor.tokenizer
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {k: v for k, v in settings.items() if k not in ("padding", "truncation")}  # as the last call left them
+    return [processor.max_length, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, kept]
+
+
 def architecture_of(model) -> list:
     """What decides a backbone's features beside its tensors."""
     names = ("hidden_act", "num_attention_heads", "layer_norm_eps", "eos_token_id")
@@ -46,7 +54,7 @@ def feature_key(model, processor, content: Sequence) -> str:
     Mapper and composing adapters do not count: they never touch frozen features.
 
     Args:
-        content: JSON-like, such as `file_fingerprints` of pictures, or texts.
+        content: JSON-like, such as `file_fingerprints` of pictures, or texts with `tokenizer_of` the processor.
     """
     # Of the tensors as they are: those of a checkpoint saved whole may be other than the backbone it was trained with.
     tensors = model.clip.state_dict().items()

@@ -1,6 +1,8 @@
 """What training holds of its data: frozen features, kept between runs, and what tells rows apart."""
 
+import copy
 import io
+import json
 
 import pytest
 import stage1 as stage1_script
@@ -13,6 +15,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from rows import hold_out
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from modeling_tscir import TSCIRConfig, TSCIRModel, TSCIRProcessor
 
@@ -86,6 +89,29 @@ def test_a_picture_that_changed_is_embedded_again(stage1, processor, tmp_path):
     for name in ("reference_embeds", "pseudo_words", "target_embeds"):
         assert torch.equal(getattr(after, name), getattr(true, name))
         assert not torch.equal(getattr(after, name), getattr(before, name))
+
+
+def test_captions_are_embedded_again_by_another_tokenizer(stage1, processor, tmp_path):
+    """As where a wrong one lay beside the weights and was put right; what was read last makes none another."""
+    noise(0).save(tmp_path / "0.png")
+    columns = {"image": [str(tmp_path / "0.png")] * 2, "caption": ["a red star", "a blue ring"]}
+    rows = Dataset.from_dict(
+        columns, features=Features({"image": ImageFeature(decode=False), "caption": Value("string")})
+    )
+    wrong = copy.deepcopy(processor)
+    how = json.loads(wrong.tokenizer.backend_tokenizer.to_str())
+    how["model"]["merges"] = []
+    wrong.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(how))
+    cache = DataArguments(feature_cache_dir=str(tmp_path / "cache"))
+
+    def captions(processor: TSCIRProcessor, data: DataArguments) -> torch.Tensor:
+        return stage1_script.Stage1Data(rows, stage1, processor, data, stage1_script.Stage1Arguments()).caption_embeds
+
+    before, after = captions(wrong, cache), captions(processor, cache)
+    assert torch.equal(after, captions(processor, DataArguments())) and not torch.equal(before, after)
+    files = set((tmp_path / "cache").iterdir())
+    processor.tokenizer(["a", "b c d"], padding=True, truncation=True)
+    assert torch.equal(captions(processor, cache), after) and set((tmp_path / "cache").iterdir()) == files
 
 
 def test_one_id_of_several_pictures_is_told(stage1, processor, tmp_path, caplog):

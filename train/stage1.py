@@ -23,7 +23,7 @@ from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.embedding import TEXTS_A_BATCH, embed_images, embed_images_with_patches, embed_texts
-from modeling_tscir.feature_cache import feature_key, picture_name, pictures_digest
+from modeling_tscir.feature_cache import feature_key, picture_name, pictures_digest, tokenizer_of
 from modeling_tscir.images import load_image
 from modeling_tscir.losses import info_nce_loss, soft_alignment_loss
 from modeling_tscir.processing_tscir import IMAGE_TEMPLATE, PROMPT_TEMPLATE
@@ -90,22 +90,24 @@ class Stage1Data(torch.utils.data.Dataset):
         needed_gb = len(rows) * num_patches * vision.hidden_size * 2 / 2**30
         self.image_embeds = self.patch_states = None
         folder, size = data.feature_cache_dir, data.feature_batch_size
-        captions, key = list(rows[args.caption_column]), ""
+        captions, keys = list(rows[args.caption_column]), ["", ""]
         if folder is not None:
-            key = feature_key(model, processor, [pictures_digest(self.images), precision(model)])
+            contents = [[pictures_digest(self.images)], ["texts", tokenizer_of(processor), captions]]
+            keys = [feature_key(model, processor, [*content, precision(model)]) for content in contents]
         if not model.mapper.needs_patches:
             self.image_embeds = shared.cached(
-                folder, key, lambda: shared.features(embed_images, model, processor, self.images, size, "images")
+                folder, keys[0], lambda: shared.features(embed_images, model, processor, self.images, size, "images")
             )
         elif needed_gb <= data.feature_cache_gb:
             both = functools.cache(
                 lambda: shared.features(embed_images_with_patches, model, processor, self.images, size, "images")
             )
-            self.image_embeds = shared.cached(folder, key, lambda: both()[0])
-            self.patch_states = shared.cached(folder, f"{key}-patches", lambda: both()[1])
-        key = feature_key(model, processor, ["texts", captions, precision(model)])
+            self.image_embeds = shared.cached(folder, keys[0], lambda: both()[0])
+            self.patch_states = shared.cached(folder, f"{keys[0]}-patches", lambda: both()[1])
         self.caption_embeds = shared.cached(
-            folder, key, lambda: shared.features(embed_texts, model, processor, captions, TEXTS_A_BATCH, "captions")
+            folder,
+            keys[1],
+            lambda: shared.features(embed_texts, model, processor, captions, TEXTS_A_BATCH, "captions"),
         )
 
     def __len__(self) -> int:
