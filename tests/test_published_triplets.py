@@ -238,3 +238,33 @@ def test_what_cannot_be_used_is_named_or_listed(tmp_path, coco, capsys):
         with pytest.raises(SystemExit):
             run(tmp_path, "rtd", tmp_path / "odd.json", *flags)
         assert message in capsys.readouterr().err
+
+
+def test_a_record_of_another_form_is_named(tmp_path, coco):
+    """Where it stands in the file, as there may be millions."""
+    path = "val2014/COCO_val2014_{:012d}.jpg".format
+    good = {"q_img": path(0), "q_texts": ["a", "b"], "t_img": path(1)}
+    (tmp_path / "lasco.json").write_text(json.dumps([*lasco_records(3), {"query-text": "x"}]), "utf-8")
+    (tmp_path / "mega.jsonl").write_text("\n\n".join(map(json.dumps, [good, good, [1]])), "utf-8")
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(good).encode() + b'\n{"q_img": "caf\xe9"}')
+    (tmp_path / "short.csv").write_text("pth1,pth2,edit\nval2014/a,val2014/b,x\nval2014/a\n", "utf-8")
+    (tmp_path / "latin.csv").write_bytes(b"pth1,pth2,edit\n0,1,caf\xe9\n")
+    (tmp_path / "huge.csv").write_text("pth1,pth2,edit\nval2014/a,val2014/b,x\n0,1," + "x" * (2**24 + 9), "utf-8")
+    for source, file, message in (
+        ("lasco", "lasco.json", r"record 3 is of another form \(KeyError\('query-image'"),
+        ("megapairs", "mega.jsonl", r"line 5 is of another form"),
+        ("megapairs", "latin.jsonl", r"cannot be read: 'utf-8' codec"),
+        ("cc-coir", "short.csv", r"line 3 is of another form"),
+        ("cc-coir", "latin.csv", r"cannot be read: 'utf-8' codec"),
+        ("cc-coir", "huge.csv", r"cannot be read beyond line 2: field larger than field limit"),
+    ):
+        with pytest.raises(SystemExit, match=rf"error: .*{file}.* {message}"):
+            run(tmp_path, source, tmp_path / file, "--image_dir", coco, "--on_bad_image", "skip")
+
+
+def test_keys_that_name_no_picture_are_told(tmp_path):
+    sample = {"in.png": encoded(1), "txt": b"hello", "json": json.dumps({"edit": "in red", "x": 3}).encode()}
+    write_tar(tmp_path / "0.tar", {"first": sample})
+    for key, holds in (("txt", "'hello'"), ("json.x", "3"), ("json", "{'edit")):
+        with pytest.raises(SystemExit, match=rf"0\.tar.* sample first .*{key} holds no picture but {holds}.*--keys"):
+            run(tmp_path, "webdataset", tmp_path / "*.tar", "--keys", "in.png", key, "json.edit")

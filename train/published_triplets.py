@@ -31,79 +31,83 @@ from datasets import Image as ImageFeature
 from rows import UNFINISHED
 
 
+PICTURE = {"bytes", "path"}  # as `datasets` gives one that is encoded
 EXTENSIONS = (".jpg", ".png", ".jpeg")
 NAMED_AT_MOST = 10  # of thousands of missing pictures
 
 
-def lasco(args: argparse.Namespace) -> Iterator[dict]:
+def lasco(record: dict, args: argparse.Namespace) -> Iterator[dict]:
     """LaSCo (Levy et al. 2024): a JSON list of {"query-image": [COCO id, path], "query-text", "target-image"}."""
-    for record in read_records(args.annotations):
-        pictures = [record[name] for name in ("query-image", "target-image")]
-        if any(not isinstance(picture, list) or len(picture) != 2 for picture in pictures):
-            raise TypeError(f"query-image and target-image are [COCO id, path], not {pictures}")
-        (reference, path), (target, target_path) = pictures
-        yield {
-            "reference": args.image_dir / path,
-            "modification": record["query-text"],
-            "target": args.image_dir / target_path,
-            "reference_id": reference,
-            "target_id": target,
-        }
+    pictures = [record[name] for name in ("query-image", "target-image")]
+    if any(not isinstance(picture, list) or len(picture) != 2 for picture in pictures):
+        raise TypeError(f"query-image and target-image are [COCO id, path], not {pictures}")
+    (reference, path), (target, target_path) = pictures
+    yield {
+        "reference": args.image_dir / path,
+        "modification": record["query-text"],
+        "target": args.image_dir / target_path,
+        "reference_id": reference,
+        "target_id": target,
+    }
 
 
-def megapairs(args: argparse.Namespace) -> Iterator[dict]:
+def megapairs(record: dict, args: argparse.Namespace) -> Iterator[dict]:
     """MegaPairs (Zhou et al. 2024): JSON lines of "q_img", "q_texts" (its card says "q_text"), "t_img".
 
     Each text is a triplet. The mined "hns" are left: stage II mines with its own model.
     """
-    for record in read_records(args.annotations):
-        texts = record["q_texts"] if "q_texts" in record else record["q_text"]
-        for text in [texts] if isinstance(texts, str) else texts or [None]:
-            yield {
-                "reference": args.image_dir / record["q_img"],
-                "modification": text,
-                "target": args.image_dir / record["t_img"],
-                "reference_id": record["q_img"],
-                "target_id": record["t_img"],
-            }
+    texts = record["q_texts"] if "q_texts" in record else record["q_text"]
+    for text in [texts] if isinstance(texts, str) else texts or [None]:
+        yield {
+            "reference": args.image_dir / record["q_img"],
+            "modification": text,
+            "target": args.image_dir / record["t_img"],
+            "reference_id": record["q_img"],
+            "target_id": record["t_img"],
+        }
 
 
-def cc_coir(args: argparse.Namespace) -> Iterator[dict]:
+def cc_coir(record: dict, args: argparse.Namespace) -> Iterator[dict]:
     """CC-CoIR (Ventura et al. 2024): CSV of "pth1", "pth2" (FOLDER/NAME without extension), "edit" and captions."""
-    csv.field_size_limit(2**24)  # the reader's own is 128 KiB, after which it stops
-    with open(args.annotations, encoding="utf-8-sig", newline="") as file:
-        for record in csv.DictReader(file):
-            row = {"modification": record["edit"], "reference_id": record["pth1"], "target_id": record["pth2"]}
-            for name, column in (("reference", "pth1"), ("target", "pth2")):
-                stem = args.image_dir / record[column]
-                found = (stem.with_name(stem.name + extension) for extension in EXTENSIONS)
-                row[name] = next((path for path in found if path.is_file()), stem)
-            yield row
+    row = {"modification": record["edit"], "reference_id": record["pth1"], "target_id": record["pth2"]}
+    for name, column in (("reference", "pth1"), ("target", "pth2")):
+        stem = args.image_dir / record[column]
+        found = (stem.with_name(stem.name + extension) for extension in EXTENSIONS)
+        row[name] = next((path for path in found if path.is_file()), stem)
+    yield row
 
 
-def rtd(args: argparse.Namespace) -> Iterator[dict]:
+def rtd(record: dict, args: argparse.Namespace) -> Iterator[dict]:
     """RTD's text triplets (Byun et al. 2024): "reference_caption", "conditioning_caption", "target_caption"."""
-    for record in read_records(args.annotations):
-        yield {
-            "reference_caption": record["reference_caption"],
-            "modification": record["conditioning_caption"],
-            "target_caption": record["target_caption"],
-        }
+    yield {
+        "reference_caption": record["reference_caption"],
+        "modification": record["conditioning_caption"],
+        "target_caption": record["target_caption"],
+    }
 
 
-def instructpix2pix(args: argparse.Namespace) -> Iterator[dict]:
+def instructpix2pix(record: dict, args: argparse.Namespace) -> Iterator[dict]:
     """InstructPix2Pix's prompts (Brooks et al. 2023): JSON lines of "input" or "caption", "edit", "output"."""
-    for record in read_records(args.annotations):
-        yield {
-            "reference_caption": record["input"] if "input" in record else record["caption"],
-            "modification": record["edit"],
-            "target_caption": record["output"],
-        }
+    yield {
+        "reference_caption": record["input"] if "input" in record else record["caption"],
+        "modification": record["edit"],
+        "target_caption": record["output"],
+    }
 
 
-def webdataset(args: argparse.Namespace) -> Iterator[dict]:
+def webdataset(record: dict, args: argparse.Namespace) -> Iterator[dict]:
     """Tar shards such as SynthTriplets18M's (Gu et al. 2024), whose members' names are not published: `--keys` says
     where reference, target and modification are; json.edit is "edit" in the member json."""
+    reference, target, modification = (_at(record, key) for key in args.keys)
+    for key, value in zip(args.keys, (reference, target), strict=False):
+        if not (value is None or isinstance(value, bytes) or (isinstance(value, dict) and set(value) == PICTURE)):
+            raise TypeError(f"{key} holds no picture but {value!r:.60}; --keys names pictures first")
+    # Without ids: keys may begin anew in each shard, and stage II tells pictures by their content.
+    yield {"reference": reference, "modification": modification, "target": target}
+
+
+def shard_samples(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Samples of tar shards, each with its name."""
     if not args.keys:
         raise ValueError("tar shards need --keys REFERENCE TARGET MODIFICATION")
     remote = "://" in args.annotations
@@ -111,10 +115,8 @@ def webdataset(args: argparse.Namespace) -> Iterator[dict]:
     if not shards:
         raise ValueError(f"no file matches {args.annotations}")
     for shard in shards:
-        for row in rows_of_shard(shard):
-            reference, target, modification = (_at(row, key) for key in args.keys)
-            # Without ids: keys may begin anew in each shard, and stage II tells pictures by their content.
-            yield {"reference": reference, "modification": modification, "target": target}
+        for sample in rows_of_shard(shard):
+            yield f"{shard}, sample {sample.get('__key__')}", sample
 
 
 def rows_of_shard(shard: str) -> Iterator[dict]:
@@ -135,7 +137,7 @@ def _at(row: dict, key: str):
         return row[key]
     outer, _, inner = key.partition(".")
     if not isinstance(row.get(outer), dict) or inner not in row[outer]:
-        seen = [f"{k}.{i}" for k, v in row.items() if isinstance(v, dict) for i in v if set(v) != {"bytes", "path"}]
+        seen = [f"{k}.{i}" for k, v in row.items() if isinstance(v, dict) for i in v if set(v) != PICTURE]
         raise ValueError(f"the shards lack {key}; they have {', '.join(sorted([*row, *seen]))}")
     return row[outer][inner]
 
@@ -148,27 +150,55 @@ WITH_IMAGE_DIR = {"lasco", "megapairs", "cc-coir"}
 TEXTS_ALONE = {"rtd", "instructpix2pix"}
 
 
-def read_records(path: str) -> Iterator[dict]:
-    """Records of a JSON list, or of a file with one JSON object a line.
+def rows_of(args: argparse.Namespace) -> Iterator[dict]:
+    """The triplets of every record. Raises `ValueError` naming the record that is of another form."""
+    read, where = {"cc-coir": csv_records, "webdataset": shard_samples}.get(args.source, json_records), ""
+    try:
+        for name, record in read(args):
+            where = name
+            yield from SOURCES[args.source](record, args)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{args.annotations} is not of the form of {args.source}: {where} is of another form ({error!r})"
+        ) from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        beyond = f" beyond {where}" if where else ""
+        raise ValueError(f"{args.annotations} cannot be read{beyond}: {error}") from error
+
+
+def csv_records(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Records of a CSV file with a header, each with its line."""
+    csv.field_size_limit(2**24)  # the reader's own is 128 KiB, after which it stops
+    with open(args.annotations, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        for record in reader:
+            yield f"line {reader.line_num}", record
+
+
+def json_records(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Records of a JSON list, each with its number from 0 on, or of a file with one JSON object a line, with its line.
 
     Raises:
         ValueError: naming file and line.
     """
+    path = args.annotations
     with open(path, encoding="utf-8-sig") as file:
         start = next((line for line in file if line.strip()), "").lstrip()
         file.seek(0)
         if start.startswith("["):
             try:
-                yield from json.load(file)
+                records = json.load(file)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: {error}") from error
+            yield from ((f"record {number}", record) for number, record in enumerate(records))
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {number}: {error}") from error
+                yield f"line {number}", record
 
 
 def checked(rows: Iterable[dict], args: argparse.Namespace, bad: list[str]) -> Iterator[dict]:
@@ -202,18 +232,12 @@ def write_files(args: argparse.Namespace, folder: Path, bad: list[str]) -> int:
     names += [] if pictures else ["reference_caption", "target_caption"]
     names += ["reference_id", "target_id"] if args.source in WITH_IMAGE_DIR else []
     features = Features({**dict.fromkeys(pictures, ImageFeature()), **dict.fromkeys(names, Value("string"))})
-    rows = islice(checked(SOURCES[args.source](args), args, bad), args.max_rows)
+    rows = islice(checked(rows_of(args), args, bad), args.max_rows)
     count = 0
-    try:
-        while chunk := list(islice(rows, args.rows_per_file)):
-            file = folder / f"train-{count // args.rows_per_file:05d}.parquet"
-            Dataset.from_list(chunk, features=features).to_parquet(file)
-            count += len(chunk)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{args.annotations} is not of the form of {args.source}: beyond its first {count} triplets, a record "
-            f"is of another form ({error!r})"
-        ) from error
+    while chunk := list(islice(rows, args.rows_per_file)):
+        file = folder / f"train-{count // args.rows_per_file:05d}.parquet"
+        Dataset.from_list(chunk, features=features).to_parquet(file)
+        count += len(chunk)
     return count
 
 
