@@ -52,7 +52,7 @@ def recall_at_k(ranks: Sequence[int], k: int) -> float:
     if len(ranks) == 0:
         raise ValueError("there are no queries")
     ranks = np.asarray(ranks)
-    if ranks.min() < 1:
+    if not ranks.min() >= 1:  # which NaN is not, either
         raise ValueError(f"ranks begin with 1; {ranks.min()} is of no target")
     return float((ranks <= k).mean())
 
@@ -64,12 +64,19 @@ def average_precision_at_k(ranks: Sequence[int], k: int) -> float:
 
     Args:
         ranks: rank of each of the query's truths, in any order; zeros are ignored.
+
+    Raises:
+        ValueError: for ranks that are NaN or negative, or that two truths share; for no truth.
     """
     check_k(k)
     ranks = np.sort(np.asarray(ranks))
+    if not (ranks >= 0).all():
+        raise ValueError(f"{ranks.tolist()} are not all ranks from 1 on, or zeros that fill up")
     ranks = ranks[ranks > 0]
     if len(ranks) == 0:
         raise ValueError("a query has no truths")
+    if (ranks[1:] == ranks[:-1]).any():
+        raise ValueError(f"two truths share a rank: {ranks.tolist()}")
     found = ranks[ranks <= k]
     return float((np.arange(1, len(found) + 1) / found).sum() / min(len(ranks), k))
 

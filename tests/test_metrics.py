@@ -42,6 +42,15 @@ def test_ranks_begin_with_one_and_so_do_depths():
     assert recall_at_k([1, 2], np.int64(1)) == 0.5
 
 
+def test_ranks_that_no_ranking_gives_are_refused():
+    with pytest.raises(ValueError, match="nan is of no target"):
+        recall_at_k([1, float("nan")], 1)
+    for ranks, message in (([1, 1, 2], r"share a rank: \[1, 1, 2\]"), ([1, float("nan")], "not all ranks from 1"),
+                           ([3, -1], "not all ranks from 1")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            average_precision_at_k(ranks, 5)
+
+
 def test_what_has_no_rank_is_refused():
     with pytest.raises(ValueError, match="1 scores are NaN"):
         ranks_of_truths([0.1, float("nan")], [0])
