@@ -88,7 +88,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         fresh = uninitialised_lora_layers(self)
         super().initialize_weights()
         if self.mapper is not None:  # which transformers passes over, as it has no parameters but in its parts
-            initialise_mapper_weights(self.mapper, init)
+            with torch.random.fork_rng(devices=[]):  # so that what is drawn next is what a seed has always given
+                initialise_mapper_weights(self.mapper, init)
         reset_to_identity(fresh)
 
     # ----- stages

@@ -325,6 +325,16 @@ def test_a_model_of_its_configuration_alone_begins_as_trainings_do(stage1, pictu
             fresh.encode_reference(processor.pixel_values(pictures[:2]).to(fresh.dtype))
 
 
+def test_beginning_a_mapper_leaves_what_a_seed_gives_next(stage1):
+    """Such as the adapters of stage II, which are drawn behind a stage I that is loaded."""
+    fresh = TSCIRModel(stage1.config)
+    before, mapper = torch.get_rng_state(), fresh.mapper.mlp[0].weight
+    with torch.no_grad():
+        mapper.zero_()
+    fresh.initialize_weights()
+    assert mapper.any() and torch.equal(before, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("form", ["full", "reference"])
 def test_weights_of_another_shape_than_the_config_says_are_named(form, stage2, tmp_path):
     stage2.save_pretrained(tmp_path, backbone=form)
