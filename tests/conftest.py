@@ -51,6 +51,14 @@ def loopback_only(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """Trials take one thread, and the next test's tensors would differ in their last bits from a fresh process's."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def clip_dir(tmp_path_factory) -> Path:
     """A random CLIP of 32-pixel pictures, whose tokenizer knows single bytes and two words."""
