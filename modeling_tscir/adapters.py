@@ -129,7 +129,7 @@ class AdapterMixin:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}); fetch or write it again") from error
         own = self._fingerprints()
-        if "mapper_fingerprint_by_fp16" not in made_for and self._was_in_fp16():
+        if "mapper_fingerprint_by_fp16" not in made_for and self.dtype == torch.float16:
             own = {k: v for k, v in own.items() if not k.startswith("mapper")}  # nothing was told that it could be
         for part in ("mapper", "backbone"):
             here, there = ({v for k, v in told.items() if k.startswith(part)} for told in (own, made_for))
@@ -151,9 +151,6 @@ class AdapterMixin:
         if self.config.backbone_fingerprint:
             own["backbone_fingerprint"] = self.config.backbone_fingerprint
         return own
-
-    def _was_in_fp16(self) -> bool:
-        return all(v.is_meta or torch.equal(v, v.half().to(v)) for v in self.mapper.state_dict().values())
 
     def save_adapter(self, save_directory: str | os.PathLike, adapter_name: str | None = None) -> None:
         """Write one composing adapter in PEFT's own format: `load_adapter` reads it, and so does
