@@ -76,16 +76,22 @@ class TSCIRProcessor(ProcessorMixin):
 
     @classmethod
     def from_clip_pretrained(cls, model_name_or_path, num_pseudo_words: int = 4, **kwargs) -> "TSCIRProcessor":
-        """The processor of a plain CLIP checkpoint; `kwargs` are this class's own arguments or `revision`."""
+        """The processor of a plain CLIP checkpoint; `kwargs` are this class's own arguments or `revision`.
+
+        Raises:
+            ValueError: if there is no tokenizer.
+        """
         from transformers import AutoTokenizer, CLIPImageProcessorPil
 
         hub = {k: kwargs.pop(k) for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
-        return cls(
-            CLIPImageProcessorPil.from_pretrained(model_name_or_path, **hub),
-            AutoTokenizer.from_pretrained(model_name_or_path, **hub),
-            num_pseudo_words=num_pseudo_words,
-            **kwargs,
-        )
+        image_processor = CLIPImageProcessorPil.from_pretrained(model_name_or_path, **hub)
+        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub)
+        if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):  # transformers made an empty one
+            raise ValueError(
+                f"{model_name_or_path} holds no tokenizer: its texts would have no words. Put the CLIP's "
+                "tokenizer.json there, or vocab.json and merges.txt"
+            )
+        return cls(image_processor, tokenizer, num_pseudo_words=num_pseudo_words, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -168,3 +168,12 @@ def test_a_prompt_that_leaves_no_room_is_refused(clip_dir):
 def test_a_line_of_a_picture_is_one_square(processor):
     line = Image.new("RGB", (30_000, 1), (255, 0, 0))
     assert processor.pixel_values([line]).shape == processor.pixel_values([Image.new("RGB", (9, 9))]).shape
+
+
+def test_a_clip_without_its_tokenizer_is_refused(clip_dir, tmp_path):
+    """transformers makes one without a word, by which all texts are the same."""
+    for path in clip_dir.iterdir():
+        if "tokenizer" not in path.name:
+            (tmp_path / path.name).symlink_to(path)
+    with pytest.raises(ValueError, match=r"holds no tokenizer: its texts would have no words.*tokenizer\.json"):
+        TSCIRProcessor.from_clip_pretrained(tmp_path)
