@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -121,26 +122,42 @@ def embed_pictures(model: TSCIRModel, processor: TSCIRProcessor, split: Split, a
     return cached(args.cache_dir, picture_key(model, processor, split), compute)
 
 
-def readable(splits: dict[str, Split], keys: dict[str, str], args) -> tuple[dict[str, Split], list[str]]:
-    """The splits less what cannot be read, and the names of that; an error naming all of it unless it is skipped.
+class Readable(NamedTuple):
+    """A benchmark's splits less what cannot be read: as loaded, as used, and the names of the pictures lost."""
+
+    whole: dict[str, Split]
+    splits: dict[str, Split]
+    skipped: list[str]
+
+
+def prepare(
+    benchmark: Benchmark, whole: dict[str, Split], model: TSCIRModel, processor: TSCIRProcessor, args
+) -> Readable:
+    """Remove what another run left in the output folder, and read every picture.
 
     Pictures whose embeddings are cached were read before and are not decoded again.
+
+    Raises:
+        ValueError: naming every picture that cannot be read, unless they are skipped.
     """
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "rankings.parquet", *benchmark.submission_files):
+        (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
     bad: dict[str, list] = {}
     total = 0
-    for category, split in splits.items():
-        if args.on_bad_image == "skip" or not is_cached(args.cache_dir, keys[category]):
+    for category, split in whole.items():
+        if args.on_bad_image == "skip" or not is_cached(args.cache_dir, picture_key(model, processor, split)):
             bad[category] = find_bad_images(split.sources, split.image_ids)
             total += len(split.image_ids)
     handle_bad_images([one for several in bad.values() for one in several], total, args.on_bad_image)
     if args.split == "test" and any(bad.values()):
         raise ValueError("a test split's submission needs every query and picture; repair the pictures named above")
     lost = {category: {name for name, _ in several} for category, several in bad.items() if several}
-    smaller = {c: without_pictures(s, lost[c]) if c in lost else s for c, s in splits.items()}
-    if empty := [category for category, split in smaller.items() if not split.query_ids]:
+    splits = {c: without_pictures(s, lost[c]) if c in lost else s for c, s in whole.items()}
+    if empty := [category for category, split in splits.items() if not split.query_ids]:
         names = " ".join(filter(None, empty)) or "this split"
         raise ValueError(f"every query of {names} needs a picture that cannot be read")
-    return smaller, sorted(name for names in lost.values() for name in names)
+    return Readable(whole, splits, sorted(name for names in lost.values() for name in names))
 
 
 def mix(method: str, images: torch.Tensor, texts: torch.Tensor, weight: float) -> torch.Tensor:
@@ -216,28 +233,31 @@ def main(benchmark: Benchmark) -> None:
             check_data(benchmark, args)
             return
         splits = benchmark.load(args)
-        results = run(benchmark, splits, *load_model(args), args)
+        model = load_model(args)
+        told = effective_method(model[0], args)
+        results = run(benchmark, prepare(benchmark, splits, *model, args), told, *model, args)
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     sys.stdout.write(table(results) + f"\n\nwritten to {args.output_dir}\n")
 
 
 def run(
-    benchmark: Benchmark, splits: dict[str, Split], model: TSCIRModel, processor: TSCIRProcessor, args
+    benchmark: Benchmark,
+    readable: Readable,
+    told: tuple[str, float | None, float],
+    model: TSCIRModel,
+    processor: TSCIRProcessor,
+    args,
 ) -> dict[str, object]:
-    """Evaluate loaded splits, write results.json, rankings.parquet and submissions, and return the results."""
-    method, weight, residual = effective_method(model, args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "rankings.parquet", *benchmark.submission_files):
-        (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
-    keys = {category: picture_key(model, processor, split) for category, split in splits.items()}
-    whole = splits
-    splits, skipped = readable(splits, keys, args)
-    ranked = {}
+    """Evaluate splits by `effective_method`'s choice, write results.json, rankings.parquet and submissions, and return
+    the results."""
+    method, weight, residual = told
+    splits, ranked = readable.splits, {}
     for category, split in splits.items():
         image_embeds = embed_pictures(model, processor, split, args)
-        told = {"batch_size": args.batch_size, "residual": residual}
-        queries = compose(method, model, processor, split, image_embeds, weight, **told)
+        queries = compose(
+            method, model, processor, split, image_embeds, weight, batch_size=args.batch_size, residual=residual
+        )
         ranked[category] = rank(split, queries, image_embeds, args.device)
     public = all(split.truths is not None for split in splits.values())
     results: dict[str, object] = dict(benchmark.metrics(splits, ranked)) if public else {}
@@ -245,7 +265,7 @@ def run(
     results["primary_metric"] = benchmark.primary_metric if public else None
     results |= {"method": method, "weight": weight, "residual": residual}
     results |= describe_run(benchmark, args, method, model, processor, splits)
-    results |= describe_losses(whole, splits, skipped)
+    results |= describe_losses(readable)
     submissions = {}
     if not public and benchmark.submissions is not None:
         submissions = benchmark.submissions(splits[""], ranked[""])
@@ -294,8 +314,9 @@ def effective_method(model: TSCIRModel, args: argparse.Namespace) -> tuple[str, 
     return args.method, weight, residual if args.residual is None else args.residual
 
 
-def describe_losses(whole: dict[str, Split], splits: dict[str, Split], skipped: list[str]) -> dict:
+def describe_losses(readable: Readable) -> dict:
     """What skipped pictures cost: queries, and of those that are left right answers, and wrong ones of short lists."""
+    whole, splits, skipped = readable
     lost_truths = easier = 0
     for category, split in splits.items():
         if split.candidates is not None:

@@ -10,15 +10,16 @@ splits are with their servers: the table has val figures, and `--split test` wri
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmark_arguments import add_common_arguments, require_outputs
 from circo import CIRCO
 from cirr import CIRR
 from fashioniq import FASHIONIQ
 from genecis import GENECIS
-from harness import Benchmark, check_data, effective_method, load_model, parse_arguments, run
+from harness import Benchmark, check_data, effective_method, load_model, parse_arguments, prepare, run
 from results import notes
 from safetensors import SafetensorError
 
@@ -52,31 +53,18 @@ def arguments_of(benchmark: Benchmark, args: argparse.Namespace) -> argparse.Nam
     return own
 
 
-def load_all(args: argparse.Namespace) -> dict[str, tuple]:
-    """Arguments and splits of every benchmark asked for, or one error that names what all of them miss."""
-    loaded, problems = {}, []
+def of_each(args: argparse.Namespace, work: Callable[[Benchmark, argparse.Namespace], Any]) -> dict[str, Any]:
+    """What `work` gives for every benchmark asked for, or one `ValueError` that names what is wrong with any."""
+    done, problems = {}, []
     for name in args.benchmarks:
-        own = arguments_of(BENCHMARKS[name], args)
         try:
-            loaded[name] = own, BENCHMARKS[name].load(own)
+            done[name] = work(BENCHMARKS[name], arguments_of(BENCHMARKS[name], args))
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
-        hint = [f"or evaluate the others alone: --benchmarks {' '.join(loaded)}"] if loaded else []
+        hint = [f"or evaluate the others alone: --benchmarks {' '.join(done)}"] if done else []
         raise ValueError("\n".join([*problems, *hint]))
-    return loaded
-
-
-def check_all(args: argparse.Namespace) -> None:
-    """Check the data of every benchmark asked for, and then say what is wrong with any of them."""
-    problems = []
-    for name in args.benchmarks:
-        try:
-            check_data(BENCHMARKS[name], arguments_of(BENCHMARKS[name], args))
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
+    return done
 
 
 def published() -> dict:
@@ -114,14 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_outputs(parser, args)
     try:
         if args.check_data:
-            check_all(args)
+            of_each(args, check_data)
             return
-        loaded = load_all(args)
+        loaded = of_each(args, lambda benchmark, own: benchmark.load(own))
         model = load_model(args)
-        effective_method(model[0], args)  # a wrong choice is refused before anything is read
+        told = effective_method(model[0], args)  # a wrong choice is refused before anything is read
         for name in ("table.md", "results.json"):
             (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
-        results = {name: run(BENCHMARKS[name], splits, *model, own) for name, (own, splits) in loaded.items()}
+        ready = of_each(args, lambda benchmark, own: prepare(benchmark, loaded[benchmark.name], *model, own))
+        results = of_each(args, lambda benchmark, own: run(benchmark, ready[benchmark.name], told, *model, own))
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     text = table(results, args.model_name_or_path)

@@ -83,3 +83,14 @@ def test_a_run_that_fails_leaves_no_table_of_another(data, model_dir):
     with pytest.raises(SystemExit, match="cannot be read"):
         run(data, model_dir, "--benchmarks", "cirr", "--method", "text")
     assert not (data / "out/table.md").exists() and not (data / "out/results.json").exists()
+
+
+def test_pictures_of_all_are_read_before_any_is_evaluated(data, model_dir):
+    """And no benchmark's folder has another run's submission any more, where the run ends before it."""
+    run(data, model_dir, "--split", "test", "--benchmarks", "cirr", "circo")
+    (data / "CIRR/dev/test1-2.png").write_bytes(b"")
+    (data / "GeneCIS/val2017/000000000003.jpg").write_bytes(b"")
+    message = r"(?s)cirr: 1 of .*test1-2: empty.*genecis: 2 of .*3: empty.*--benchmarks circo fashioniq"
+    with pytest.raises(SystemExit, match=message):
+        run(data, model_dir, "--split", "test", "--method", "text")
+    assert not [path for path in (data / "out").rglob("*") if path.is_file()]
