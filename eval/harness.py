@@ -146,7 +146,7 @@ def prepare(
     bad: dict[str, list] = {}
     total = 0
     for category, split in whole.items():
-        if args.on_bad_image == "skip" or not is_cached(args.cache_dir, picture_key(model, processor, split)):
+        if not is_cached(args.cache_dir, picture_key(model, processor, split)):
             bad[category] = find_bad_images(split.sources, split.image_ids)
             total += len(split.image_ids)
     handle_bad_images([one for several in bad.values() for one in several], total, args.on_bad_image)

@@ -301,6 +301,15 @@ def test_skipped_pictures_leave_queries_that_do_not_need_them(folder, run_script
         run_script(circo.CIRCO, *flags)
 
 
+def test_pictures_that_were_embedded_are_not_decoded_again(folder, run_script, model_dir, monkeypatch):
+    """Whatever is done with those that cannot be read: there was none."""
+    flags = ["--data_dir", folder, "--model_name_or_path", model_dir, "--method", "image", "--on_bad_image"]
+    run_script(circo.CIRCO, *flags, "skip")
+    monkeypatch.setattr(harness, "find_bad_images", lambda sources, ids: pytest.fail("decoded again"))
+    for what in ("skip", "error"):
+        assert run_script(circo.CIRCO, *flags, what)[0]["skipped_images"] == []
+
+
 def test_padding(clip_dir, tmp_path):
     wide = Image.new("RGB", (200, 50), "white")
     assert pad_to_aspect_ratio(wide, 1).size == (200, 200) and pad_to_aspect_ratio(wide, 1.25).size == (200, 160)
