@@ -21,7 +21,7 @@ from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.backbone import why_not
 from modeling_tscir.embedding import embed_images, embed_queries, embed_texts
 from modeling_tscir.feature_cache import cached, feature_key, file_fingerprints, is_cached, preprocessing_of
-from modeling_tscir.images import find_bad_images, handle_bad_images
+from modeling_tscir.images import BadImagesError, find_bad_images, handle_bad_images
 from modeling_tscir.publishing import versions
 from modeling_tscir.queries import slerp
 from modeling_tscir.ranking import Ranking, rank_candidates, rank_gallery
@@ -149,15 +149,19 @@ def prepare(
         if not is_cached(args.cache_dir, picture_key(model, processor, split)):
             bad[category] = find_bad_images(split.sources, split.image_ids)
             total += len(split.image_ids)
-    handle_bad_images([one for several in bad.values() for one in several], total, args.on_bad_image)
-    if args.split == "test" and any(bad.values()):
-        raise ValueError("a test split's submission needs every query and picture; repair the pictures named above")
+    refuse_or_skip([one for several in bad.values() for one in several], total, args.split, args.on_bad_image)
     lost = {category: {name for name, _ in several} for category, several in bad.items() if several}
     splits = {c: without_pictures(s, lost[c]) if c in lost else s for c, s in whole.items()}
     if empty := [category for category, split in splits.items() if not split.query_ids]:
         names = " ".join(filter(None, empty)) or "this split"
         raise ValueError(f"every query of {names} needs a picture that cannot be read")
     return Readable(whole, splits, sorted(name for names in lost.values() for name in names))
+
+
+def refuse_or_skip(bad: list[tuple[str, str]], total: int, split: str, on_bad_image: str) -> None:
+    if bad and split == "test":
+        raise BadImagesError(bad, total, "A test split's submission needs every query and picture: repair them.")
+    handle_bad_images(bad, total, on_bad_image)
 
 
 def mix(method: str, images: torch.Tensor, texts: torch.Tensor, weight: float) -> torch.Tensor:
@@ -374,4 +378,4 @@ def check_data(benchmark: Benchmark, args: argparse.Namespace) -> None:
         total += len(split.image_ids)
         sys.stdout.write(f"{label}: {len(own) or 'no'} pictures cannot be read\n")
         bad += [(" ".join(filter(None, (category, name))), reason) for name, reason in own]
-    handle_bad_images(bad, total, "error")
+    refuse_or_skip(bad, total, args.split, "error")

@@ -43,16 +43,16 @@ URL_MAX_BYTES = 64 * 2**20
 ImageSource = str | os.PathLike | bytes | dict | Image.Image
 
 
+SKIP_THEM = 'Repair or remove them, or go on without them with on_bad_image="skip" (--on_bad_image skip).'
+
+
 class BadImagesError(ValueError):
     """Some pictures cannot be used. `.bad` lists all of them as (id, reason)."""
 
-    def __init__(self, bad: Sequence[tuple[str, str]], total: int):
+    def __init__(self, bad: Sequence[tuple[str, str]], total: int, remedy: str = SKIP_THEM):
         self.bad = list(bad)
         lines = "\n".join(f"  {name}: {reason}" for name, reason in self.bad)
-        super().__init__(
-            f"{len(self.bad)} of {total} pictures cannot be read:\n{lines}\n"
-            'Repair or remove them, or go on without them with on_bad_image="skip" (--on_bad_image skip).'
-        )
+        super().__init__(f"{len(self.bad)} of {total} pictures cannot be read:\n{lines}\n{remedy}")
 
 
 def load_image(source: ImageSource, turned: bool = True) -> Image.Image:

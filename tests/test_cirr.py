@@ -190,6 +190,10 @@ def test_test_split_writes_valid_submissions(run_script, folder, model_dir, tmp_
     (folder / "dev/test1-1.png").write_bytes(b"")
     with pytest.raises(SystemExit, match="needs every query and picture"):
         run_script(cirr.CIRR, *flags, "--on_bad_image", "skip")
+    for what in ([], ["--check_data"]):
+        with pytest.raises(SystemExit, match=r"(?s)test1-1: empty.*needs every query and picture") as refused:
+            run_script(cirr.CIRR, *flags, *what)
+        assert "--on_bad_image skip" not in str(refused.value)  # which would be refused next
     assert not list((tmp_path / "out").iterdir())  # nothing that could be uploaded by mistake
     (folder / "moved").replace(folder / "dev/test1-1.png")
     results, rankings = run_script(cirr.CIRR, *flags)
