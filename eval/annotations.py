@@ -72,16 +72,24 @@ def field(record: dict, key: str, kind: type, where: str) -> Any:
         raise ValueError(f"{where} lacks {key!r}")
     value = record[key]
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise ValueError(f"{where} has {key!r} = {value!r}, which is no {kind.__name__}")
+        raise ValueError(f"{where} has {key!r} = {shown(value)}, which is no {kind.__name__}")
     return value
 
 
 def list_of(record: dict, key: str, kind: type, where: str) -> list:
     """`record[key]`, a list of `kind`; errors are as `field`'s."""
     values = field(record, key, list, where)
-    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
-        raise ValueError(f"{where} has {key!r} = {values!r}, which is no list of {kind.__name__}")
+    if wrong := [value for value in values if not isinstance(value, kind) or isinstance(value, bool)]:
+        raise ValueError(
+            f"{where} has {key!r} = {shown(values)}, which is no list of {kind.__name__}: {shown(wrong[0])} is none"
+        )
     return values
+
+
+def shown(value) -> str:
+    """A value as an error shows it: CIRCO's list of pictures has millions of letters."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:120]}..."
 
 
 def index_of(ids: Sequence, path: Path, what: str = "pictures") -> dict:

@@ -73,7 +73,9 @@ def write_rankings(path: Path, splits: dict[str, Split], ranked: dict[str, Ranke
         for q, query_id in enumerate(split.query_ids):
             truths = [] if split.truths is None else split.truths[q]
             row = {"category": category, "query_id": str(query_id), "reference": ids[split.references[q]]}
-            row |= {"texts": list(split.texts[q]), "truths": [ids[i] for i in truths]}
+            # Half a surrogate, which Parquet does not take, is "?".
+            texts = [text.encode("utf-8", "replace").decode("utf-8") for text in split.texts[q]]
+            row |= {"texts": texts, "truths": [ids[i] for i in truths]}
             row |= {"ranking": named(gallery, q, ids), "candidates_ranking": named(candidates, q, ids)}
             row["scores"] = [] if gallery is None else gallery.scores[q, : len(row["ranking"])].tolist()
             row["truth_ranks"] = (

@@ -156,3 +156,25 @@ def test_real_annotations_and_example_submissions(monkeypatch, tmp_path, name, n
     circo.check_submission(example, split.query_ids)
     with pytest.raises(ValueError, match="query 7 has 49 pictures"):
         circo.check_submission(example | {"7": example["7"][:49]}, split.query_ids)
+
+
+def test_half_a_surrogate_does_not_cost_the_run_its_files(folder, run_script, model_dir):
+    """As JSON has it where a text was cut within an emoji; queries have a question mark for it, too."""
+    path = folder / "annotations/val.json"
+    records = json.loads(path.read_text("utf-8"))
+    records[0]["relative_caption"] = "is red \ud83d"
+    write_json(path, records)
+    results, rankings = run_script(circo.CIRCO, "--model_name_or_path", model_dir, "--data_dir", folder)
+    assert results["circo_num_queries"] == 2 and list(rankings.texts[0]) == ["is red ?"]
+
+
+def test_an_error_does_not_print_a_whole_file(folder):
+    info = folder / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json"
+    for images, message in (
+        ([{"id": 7}] * 5 + list(range(123_403)), r"which is no list of dict: 0 is none"),
+        ({str(i): {"id": i} for i in range(123_403)}, r"has 'images' = {'0': {'id': 0}, .*\.\.\., which is no list"),
+    ):
+        write_json(info, {"images": images})
+        with pytest.raises(ValueError, match=message) as refused:
+            load(folder)
+        assert len(str(refused.value)) < 500
