@@ -120,7 +120,7 @@ def rank_candidates(
     with full_precision(gallery_embeds):
         scores = torch.cat(
             [
-                torch.einsum("qcd,qd->qc", gallery_embeds[picked], queries.to(gallery_embeds.dtype)).float()
+                _own_scores(queries.to(gallery_embeds.dtype), gallery_embeds[picked])
                 for picked, queries in zip(places.split(block_size), query_embeds.split(block_size), strict=True)
             ]
         )
@@ -138,6 +138,14 @@ def rank_candidates(
         ranks = _ranks_of(scores, columns)
     best, order = best_of_rows(scores, places.shape[1])
     return Ranking(best, places.gather(1, order), ranks)
+
+
+def _own_scores(queries: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Scores [q, C] of each query's own candidates [q, C, D]; a query alone is taken twice, so that equal ones tie."""
+    number = len(queries)
+    if number == 1:
+        queries, candidates = queries.repeat(2, 1), candidates.repeat(2, 1, 1)
+    return torch.einsum("qcd,qd->qc", candidates, queries)[:number].float()
 
 
 def full_precision(embeds: torch.Tensor) -> torch.autocast:

@@ -91,6 +91,20 @@ def test_a_truth_stands_behind_its_copies_whoever_asks_beside_it(width):
             assert ranks.tolist() == [3] * number
 
 
+@pytest.mark.parametrize("length", [5, 10, 15])
+@pytest.mark.parametrize("width", [192, 768])
+def test_a_candidate_stands_behind_its_copy_in_the_list_of_a_lone_query(length, width):
+    """GeneCIS has such lists, and a block of queries may end with one."""
+    generator = torch.Generator().manual_seed(0)
+    for copy in (1, length - 1) * 10:
+        gallery = F.normalize(torch.randn(length, width, generator=generator), dim=-1)
+        gallery[copy] = gallery[0].clone()
+        query = F.normalize(gallery[:1] + 0.3 * torch.randn(1, width, generator=generator) / width**0.5, dim=-1)
+        for number in (1, 2):
+            ranks = rank_candidates(query.repeat(number, 1), gallery, [list(range(length))] * number, [[0]] * number)
+            assert ranks.truth_ranks.tolist() == [[2]] * number
+
+
 def test_ranks_equal_a_slow_reference_on_rankings_with_ties():
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(-1, 2, (1200, 3), generator=generator).float()
