@@ -1,6 +1,7 @@
 """The files that an evaluation leaves: metrics with all that decides them, rankings, and a table for people."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,20 @@ from modeling_tscir.ranking import Ranking
 
 
 LOSSES = ("skipped_queries", "skipped_truths_of_other_queries", "queries_with_shorter_lists")
+
+
+def refuse_other_results(folder: Path, key: str) -> None:
+    """Raise `ValueError` if results.json there lacks `key`: of another benchmark, it would be lost to this one's."""
+    path = folder / "results.json"
+    try:
+        other = key not in json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of half a file, which nobody misses
+        return
+    if other:
+        raise ValueError(
+            f"{folder} holds results of another evaluation, which this one would replace: name another --output_dir, "
+            f"or remove {path}"
+        )
 
 
 def recalls_by_category(name: str, ranks: dict[str, torch.Tensor], depths: Sequence[int]) -> dict[str, float]:

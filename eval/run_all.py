@@ -20,7 +20,7 @@ from cirr import CIRR
 from fashioniq import FASHIONIQ
 from genecis import GENECIS
 from harness import Benchmark, check_data, effective_method, load_model, parse_arguments, prepare, run
-from results import notes
+from results import notes, refuse_other_results
 from safetensors import SafetensorError
 
 
@@ -107,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = of_each(args, lambda benchmark, own: benchmark.load(own))
         model = load_model(args)
         told = effective_method(model[0], args)  # a wrong choice is refused before anything is read
+        refuse_other_results(args.output_dir, "published")
         for name in ("table.md", "results.json"):
             (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
         ready = of_each(args, lambda benchmark, own: prepare(benchmark, loaded[benchmark.name], *model, own))

@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import harness
 import pytest
 import run_all
 from test_circo import folder as circo_folder  # noqa: F401
@@ -94,3 +95,18 @@ def test_pictures_of_all_are_read_before_any_is_evaluated(data, model_dir):
     with pytest.raises(SystemExit, match=message):
         run(data, model_dir, "--split", "test", "--method", "text")
     assert not [path for path in (data / "out").rglob("*") if path.is_file()]
+
+
+def test_results_of_another_benchmark_are_not_replaced(data, model_dir, monkeypatch):
+    run(data, model_dir, "--benchmarks", "cirr", "--split", "test")
+    flags = ["--model_name_or_path", model_dir, "--data_dir", data / "CIRCO", "--cache_dir", data / "cache"]
+    for folder in ("out/cirr", "out"):
+        before = {path: path.read_bytes() for path in (data / folder).rglob("*") if path.is_file()}
+        monkeypatch.setattr("sys.argv", ["circo.py", *map(str, [*flags, "--output_dir", data / folder])])
+        with pytest.raises(SystemExit, match=rf"{folder} holds results of another .*: name another --output_dir"):
+            harness.main(run_all.BENCHMARKS["circo"])
+        assert before == {path: path.read_bytes() for path in (data / folder).rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match="out/cirr holds results of another"):
+        run_all.main([*map(str, flags), "--output_dir", str(data / "out/cirr"), "--benchmarks", "circo"])
+    (data / "out/cirr/results.json").write_text("{", "utf-8")  # half a file of a run that was killed
+    run(data, model_dir, "--benchmarks", "cirr")
