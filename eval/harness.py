@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from benchmark_arguments import METHODS, PADDING, add_common_arguments, require_outputs
-from results import counts, describe_data, describe_model, refuse_other_results, table, write_rankings
+from results import claim_folder, counts, describe_data, describe_model, table, write_rankings
 from safetensors import SafetensorError
 from splits import Ranked, Split, without_pictures
 from transformers import AutoConfig
@@ -138,12 +138,10 @@ def prepare(
     Pictures whose embeddings are cached were read before and are not decoded again.
 
     Raises:
-        ValueError: for a folder of another benchmark, and naming every picture that cannot be read, unless skipped.
+        ValueError: as `claim_folder`, and naming every picture that cannot be read, unless it is skipped.
     """
-    refuse_other_results(args.output_dir, f"{benchmark.name}_num_queries")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "rankings.parquet", *benchmark.submission_files):
-        (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
+    names = "results.json", "rankings.parquet", *benchmark.submission_files
+    claim_folder(args.output_dir, f"{benchmark.name}_num_queries", names)
     bad: dict[str, list] = {}
     total = 0
     for category, split in whole.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,18 +20,34 @@ from modeling_tscir.ranking import Ranking
 LOSSES = ("skipped_queries", "skipped_truths_of_other_queries", "queries_with_shorter_lists")
 
 
-def refuse_other_results(folder: Path, key: str) -> None:
-    """Raise `ValueError` if results.json there lacks `key`: of another benchmark, it would be lost to this one's."""
+def claim_folder(folder: Path, key: str, names: Sequence[str]) -> None:
+    """Make an output folder, and remove the files that another run left there: they would be taken for this one's.
+
+    Args:
+        key: what results.json has where it is of the same evaluation.
+        names: of these files.
+
+    Raises:
+        ValueError: if the folder cannot be written to, or holds another evaluation's results.
+    """
     path = folder / "results.json"
     try:
         other = key not in json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of half a file, which nobody misses
-        return
+        other = False
     if other:
         raise ValueError(
             f"{folder} holds results of another evaluation, which this one would replace: name another --output_dir, "
             f"or remove {path}"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be used: {error}; name another") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {folder} cannot be used: it may not be written to; name another")
 
 
 def recalls_by_category(name: str, ranks: dict[str, torch.Tensor], depths: Sequence[int]) -> dict[str, float]:

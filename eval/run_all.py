@@ -20,7 +20,7 @@ from cirr import CIRR
 from fashioniq import FASHIONIQ
 from genecis import GENECIS
 from harness import Benchmark, check_data, effective_method, load_model, parse_arguments, prepare, run
-from results import notes, refuse_other_results
+from results import claim_folder, notes
 from safetensors import SafetensorError
 
 
@@ -107,9 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loaded = of_each(args, lambda benchmark, own: benchmark.load(own))
         model = load_model(args)
         told = effective_method(model[0], args)  # a wrong choice is refused before anything is read
-        refuse_other_results(args.output_dir, "published")
-        for name in ("table.md", "results.json"):
-            (args.output_dir / name).unlink(missing_ok=True)  # another run's would be taken for this one's
+        claim_folder(args.output_dir, "published", ("table.md", "results.json"))
         ready = of_each(args, lambda benchmark, own: prepare(benchmark, loaded[benchmark.name], *model, own))
         results = of_each(args, lambda benchmark, own: run(benchmark, ready[benchmark.name], told, *model, own))
     except (ValueError, OSError, SafetensorError) as error:

@@ -110,3 +110,14 @@ def test_results_of_another_benchmark_are_not_replaced(data, model_dir, monkeypa
         run_all.main([*map(str, flags), "--output_dir", str(data / "out/cirr"), "--benchmarks", "circo"])
     (data / "out/cirr/results.json").write_text("{", "utf-8")  # half a file of a run that was killed
     run(data, model_dir, "--benchmarks", "cirr")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_pictures_are_read(data, model_dir, monkeypatch):
+    (data / "taken").touch()
+    for folder in ("taken", "taken/below"):
+        with pytest.raises(SystemExit, match=r"--output_dir .*taken.* cannot be used: .*; name another"):
+            run(data, model_dir, "--output_dir", data / folder)
+    monkeypatch.setattr(harness, "find_bad_images", lambda sources, ids: pytest.fail("pictures are read"))
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(data / "out/circo"))
+    with pytest.raises(SystemExit, match=r"--output_dir .*out/circo cannot be used: it may not be written to"):
+        run(data, model_dir, "--benchmarks", "circo")
