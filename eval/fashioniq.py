@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace) -> dict[str, Split]:
     """Read all three categories, in SEARLE's layout (captions/), Pic2Word's (json/), or with a folder a category."""
+    if args.split != "val" and args.gallery != "original":
+        raise ValueError("--gallery val is made of the targets, which the test split does not publish")
     return load_each(CATEGORIES, partial(load_category, args))
 
 
@@ -68,8 +70,6 @@ def load_category(args: argparse.Namespace, category: str) -> Split:
             columns["truths"].append([lookup(places, field(record, "target", str, where), where, split_file)])
     if split != "val":
         del columns["truths"]
-        if args.gallery != "original":
-            raise ValueError("--gallery val is made of the targets, which the test split does not publish")
     elif args.gallery == "val":
         used = sorted({i for row in (columns["references"], *columns["truths"]) for i in row})
         names = [names[i] for i in used]
