@@ -107,7 +107,7 @@ def load_task(args: argparse.Namespace, task: str) -> Split:
         sources=[str(path) for path in paths] if of_objects else CutOut(paths, boxes),
         files=[(path, *box) for path, box in zip(paths, boxes, strict=True)],
         annotation_files=(file,),
-        num_gallery=0,
+        ranks_gallery=False,
         **columns,
     )
 

@@ -212,9 +212,9 @@ def rank(split: Split, queries: torch.Tensor, image_embeds: torch.Tensor, device
     """Rank the split's gallery and candidates for every query; results are on the CPU."""
     queries, image_embeds = queries.to(device), image_embeds.to(device)
     gallery = candidates = None
-    if split.gallery_size:
+    if split.ranks_gallery:
         exclude = [[r] for r in split.references] if split.exclude_reference else None
-        gallery = rank_gallery(queries, image_embeds[: split.gallery_size], k, split.truths, exclude)
+        gallery = rank_gallery(queries, image_embeds, k, split.truths, exclude)
     if split.candidates is not None:
         targets = None if split.truths is None else [row[:1] for row in split.truths]
         candidates = rank_candidates(queries, image_embeds, split.candidates, targets)
@@ -352,8 +352,8 @@ def published_counts(benchmark: Benchmark, args, splits: dict[str, Split]) -> di
 
 def gallery_count(split: Split) -> tuple[int | str, str]:
     """How many pictures a query ranks, and what these are."""
-    if split.gallery_size or split.candidates is None:
-        return split.gallery_size or len(split.image_ids), "pictures"
+    if split.ranks_gallery:
+        return len(split.image_ids), "pictures"
     lengths = sorted({len(candidates) for candidates in split.candidates})
     return lengths[0] if len(lengths) == 1 else f"{lengths[0]} to {lengths[-1]}", "pictures a query"
 

@@ -66,7 +66,7 @@ def counts(name: str, splits: dict[str, Split]) -> dict[str, int]:
     for category, split in splits.items():
         prefix = f"{name}_{category}" if category else name
         found[f"{prefix}_num_queries"] = len(split.query_ids)
-        found[f"{prefix}_num_gallery_images"] = split.gallery_size or len(split.image_ids)
+        found[f"{prefix}_num_gallery_images"] = len(split.image_ids)
     if "" not in splits:
         for what in ("num_queries", "num_gallery_images"):
             found[f"{name}_{what}"] = sum(v for k, v in found.items() if k.endswith(what))

@@ -23,8 +23,7 @@ class Split:
         annotation_files: what was read.
         truths: each query's right answers, its target first; `None` where they are not public.
         candidates: each query's own short list (CIRR's set of six, GeneCIS's gallery), without its reference.
-        num_gallery: that many first pictures are ranked, the others being references alone; `None` for all, 0 where
-            only candidates are ranked.
+        ranks_gallery: whether all pictures are ranked, not a query's candidates alone.
         exclude_reference: whether a query's reference is removed from its ranking.
     """
 
@@ -37,12 +36,8 @@ class Split:
     annotation_files: tuple[Path, ...]
     truths: list[list[int]] | None = None
     candidates: list[list[int]] | None = None
-    num_gallery: int | None = None
+    ranks_gallery: bool = True
     exclude_reference: bool = False
-
-    @property
-    def gallery_size(self) -> int:
-        return len(self.image_ids) if self.num_gallery is None else self.num_gallery
 
     def first_queries(self, count: int) -> "Split":
         """The same gallery with fewer queries."""
@@ -82,6 +77,5 @@ def without_pictures(split: Split, lost: set[str]) -> Split:
         references=[new.get(i, -1) for i in split.references],
         truths=truths,
         candidates=candidates,
-        num_gallery=None if split.num_gallery is None else sum(i < split.num_gallery for i in kept),
     )
     return smaller.of_queries(whole)

@@ -106,7 +106,7 @@ def test_where_the_target_stands_in_the_list_does_not_matter():
         split = Split(
             image_ids=[""] * 50, sources=[], files=[], query_ids=list(range(1000)), references=[0] * 1000,
             texts=[("",)] * 1000, annotation_files=(), truths=[p[:1] for p in picks], candidates=candidates,
-            num_gallery=0,
+            ranks_gallery=False,
         )  # fmt: skip
         return genecis.metrics({"focus_object": split}, {"focus_object": rank(split, queries, gallery)})
 
