@@ -268,3 +268,24 @@ def test_keys_that_name_no_picture_are_told(tmp_path):
     for key, holds in (("txt", "'hello'"), ("json.x", "3"), ("json", "{'edit")):
         with pytest.raises(SystemExit, match=rf"0\.tar.* sample first .*{key} holds no picture but {holds}.*--keys"):
             run(tmp_path, "webdataset", tmp_path / "*.tar", "--keys", "in.png", key, "json.edit")
+
+
+def test_what_is_left_out_is_named_by_its_record_with_a_remedy_of_its_source(tmp_path, coco):
+    """A triplet's number is none of the file's where a record has several texts, or the samples several shards."""
+    path = "val2014/COCO_val2014_{:012d}.jpg".format
+    records = [{"q_img": path(0), "q_texts": ["a", "b"], "t_img": path(n)} for n in (1, 99)]
+    (tmp_path / "mega.jsonl").write_text("\n\n".join(map(json.dumps, records)), "utf-8")
+    with pytest.raises(SystemExit, match=r"(?s)line 3, triplet 2: no picture .*99\.jpg.*\nCheck --image_dir, or"):
+        run(tmp_path, "megapairs", tmp_path / "mega.jsonl", "--image_dir", coco)
+    (tmp_path / "rtd.json").write_text(json.dumps([RTD[0], RTD[1] | {"target_caption": " "}]), "utf-8")
+    with pytest.raises(SystemExit, match=r"record 1, triplet 1: no target_caption\nGo on without them by --on_bad"):
+        run(tmp_path, "rtd", tmp_path / "rtd.json")
+    sample = {"in.png": encoded(1), "out.png": encoded(2), "json": json.dumps({"edit": "in red"}).encode()}
+    for shard, text in enumerate(("in red", " ")):
+        samples = {f"s{n}": sample | {"json": json.dumps({"edit": text}).encode()} for n in range(2)}
+        write_tar(tmp_path / f"{shard}.tar", samples)
+    flags = [tmp_path / "*.tar", "--keys", "in.png", "out.png", "json.edit"]
+    with pytest.raises(SystemExit, match=r"1\.tar, sample s0, triplet 2: no modif.*(?s:.*)\nCheck --keys, or go on"):
+        run(tmp_path, "webdataset", *flags)
+    assert len(run(tmp_path, "webdataset", *flags, "--on_bad_image", "skip")) == 2
+    assert "1.tar, sample s1, triplet 3: no modification" in (tmp_path / "out/left_out.txt").read_text("utf-8")

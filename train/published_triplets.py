@@ -150,13 +150,13 @@ WITH_IMAGE_DIR = {"lasco", "megapairs", "cc-coir"}
 TEXTS_ALONE = {"rtd", "instructpix2pix"}
 
 
-def rows_of(args: argparse.Namespace) -> Iterator[dict]:
-    """The triplets of every record. Raises `ValueError` naming the record that is of another form."""
+def rows_of(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """The triplets of every record, each with the record's name. Raises `ValueError` naming one of another form."""
     read, where = {"cc-coir": csv_records, "webdataset": shard_samples}.get(args.source, json_records), ""
     try:
         for name, record in read(args):
             where = name
-            yield from SOURCES[args.source](record, args)
+            yield from ((name, row) for row in SOURCES[args.source](record, args))
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{args.annotations} is not of the form of {args.source}: {where} is of another form ({error!r})"
@@ -201,9 +201,9 @@ def json_records(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
                 yield f"line {number}", record
 
 
-def checked(rows: Iterable[dict], args: argparse.Namespace, bad: list[str]) -> Iterator[dict]:
+def checked(rows: Iterable[tuple[str, dict]], args: argparse.Namespace, bad: list[str]) -> Iterator[dict]:
     """Rows with a text and pictures that are there; `bad` takes a sentence for each of the others."""
-    for number, row in enumerate(rows):
+    for number, (where, row) in enumerate(rows):
         reason = None
         empty = [
             name for name, value in row.items() if value is None or (isinstance(value, str) and not value.strip())
@@ -218,7 +218,7 @@ def checked(rows: Iterable[dict], args: argparse.Namespace, bad: list[str]) -> I
         elif absent:
             reason = f"no picture {absent[0]}"
         if reason is not None:
-            bad.append(f"triplet {number}: {reason}")
+            bad.append(f"{where}, triplet {number}: {reason}")
             continue
         pictures = {name: {"path": str(v.absolute()), "bytes": None} for name, v in row.items() if isinstance(v, Path)}
         ids = {name: str(row[name]) for name in ("reference_id", "target_id") if name in row}
@@ -274,9 +274,11 @@ def convert(args: argparse.Namespace) -> tuple[int, list[str]]:
         if bad and (args.on_bad_image == "error" or not count):
             shown = "\n".join(f"  {line}" for line in bad[:NAMED_AT_MOST])
             more = "" if len(bad) <= NAMED_AT_MOST else f"\n  and {len(bad) - NAMED_AT_MOST} more"
+            flag = "--image_dir" if args.source in WITH_IMAGE_DIR else "--keys" if args.keys else None
+            remedy = f"Check {flag}, or go on" if flag else "Go on"
             raise ValueError(
                 f"{len(bad)} of {len(bad) + count} triplets cannot be used:\n{shown}{more}\n"
-                "Check --image_dir, or go on without them by --on_bad_image skip"
+                f"{remedy} without them by --on_bad_image skip"
             )
         if not count:
             raise ValueError(f"{args.annotations} holds no triplet")
