@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -207,6 +208,39 @@ def test_a_shard_that_ends_too_early_is_named_or_left(launch, clip_dir, shards, 
     launch(stage1_script, clip_dir, tmp_path / "out", *flags, "--on_bad_image", "skip")
     record = json.loads((tmp_path / "out/training_arguments.json").read_text("utf-8"))
     assert len(record["skipped_images"]) == 1
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_shard_without_a_readable_row_is_named_by_its_path(launch, clip_dir, shards, tmp_path, kind):
+    for n in range(3):
+        content = next((shards / kind).glob(f"*{n}.{kind}")).read_bytes()
+        (tmp_path / f"train-{n}.{kind}").write_bytes(content[:100] if n == 2 else content)
+    columns = {"tar": ("png", "txt"), "parquet": ("image", "caption")}[kind]
+    flags = ["--dataset_name", tmp_path / f"*.{kind}", "--image_column", columns[0], "--caption_column", columns[1]]
+    flags += ["--streaming", "--max_steps", 8, "--per_device_train_batch_size", 4, "--shuffle_buffer_size", 4]
+    with pytest.raises(BadImagesError, match=rf"{tmp_path}/train-2\.{kind}, row 0: the shard cannot be read any"):
+        launch(stage1_script, clip_dir, tmp_path / "out", *flags)
+
+
+def test_rows_of_a_stream_are_named_by_their_file(launch, clip_dir, tmp_path):
+    """A Parquet stream says nothing of it by itself."""
+    for n in range(2):
+        rows = [{"image": {"bytes": encoded(row), "path": None}, "caption": "red"} for row in range(6)]
+        rows[3]["caption"] = " " if n else "red"
+        features = Features({"image": ImageFeature(), "caption": Value("string")})
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / f"{n}.parquet")
+    flags = ["--dataset_name", tmp_path / "*.parquet", "--streaming", "--max_steps", 2, "--shuffle_buffer_size", 4]
+    with pytest.raises(BadImagesError, match=rf"{tmp_path}/1\.parquet, row 3: no text in column caption"):
+        launch(stage1_script, clip_dir, tmp_path / "out", *flags)
+
+
+def test_a_held_out_shard_of_fewer_rows_is_told(launch, clip_dir, shards, tmp_path, caplog):
+    flags = ["--dataset_name", shards / "parquet", "--streaming", "--max_steps", 1, "--shuffle_buffer_size", 4]
+    launch(stage1_script, clip_dir, tmp_path / "a", *flags, "--validation_rows", 7)
+    assert "--validation_rows" not in caplog.text
+    launch(stage1_script, clip_dir, tmp_path / "b", *flags, "--validation_rows", 100)
+    told = r"--validation_rows 100: .*parquet/train-\d\.parquet, the shard held out, has \d+ rows, and no other is"
+    assert re.search(told, caplog.text)
 
 
 def test_a_shard_that_is_damaged_may_come_twice_in_a_row(launch, clip_dir, shards, tmp_path):

@@ -29,6 +29,8 @@ BUILDERS = {".tar": "webdataset", ".tar.gz": "webdataset", ".tgz": "webdataset",
 def load_source(data: DataArguments, streaming: bool = False, **options) -> Dataset | IterableDataset:
     """The training split as `datasets` gives it: from the Hub, a local folder, or files named by a pattern.
 
+    A stream has `files`, the addresses of what it is read from, beside what `datasets` gives it.
+
     Args:
         data: or what else has `dataset_name` and `dataset_train_split`.
         options: of `datasets.load_dataset`.
@@ -58,7 +60,9 @@ def load_source(data: DataArguments, streaming: bool = False, **options) -> Data
             options["cache_dir"] = os.path.join(datasets.config.HF_DATASETS_CACHE, state)
             builder = load_dataset_builder(what, name, **options)
         if streaming:
-            return builder.as_streaming_dataset(split=data.dataset_train_split)
+            rows = builder.as_streaming_dataset(split=data.dataset_train_split)
+            rows.files = [str(file) for split in found if split == rows.split for file in found[split]]
+            return rows
         builder.download_and_prepare(verification_mode="no_checks" if local else None)
         return builder.as_dataset(split=data.dataset_train_split)
     except Exception as error:  # whatever the builder of that format raises

@@ -11,15 +11,17 @@ from arguments import DataArguments, LoopArguments
 from datasets import Image as ImageFeature
 from datasets import IterableDataset
 from rows import check_columns, file_of, load_source, outlive_the_first_signal
+from transformers.utils import logging
 
 from modeling_tscir.images import BadImagesError, handle_bad_images
 
 
+logger = logging.get_logger(__name__)
 PROBLEM = "cannot be read"
 
 
 def load_stream(data: DataArguments, columns: dict[str, str], images: list[str]) -> IterableDataset:
-    """The training split as a stream whose pictures are still encoded. Arguments are `load_rows`'.
+    """The training split as a stream whose pictures are still encoded, with `shard_names`. Arguments are `load_rows`'.
 
     Raises:
         ValueError: for data that cannot be loaded, and for missing columns.
@@ -28,9 +30,12 @@ def load_stream(data: DataArguments, columns: dict[str, str], images: list[str])
     if rows.features is None:
         raise ValueError(f"{data.dataset_name} does not say what columns it has; it can be read without --streaming")
     check_columns(data, columns, rows, images)
+    names = rows.files if len(rows.files) == rows.num_shards else [f"shard {n}" for n in range(rows.num_shards)]
     for column in images:
         rows = rows.cast_column(column, ImageFeature(decode=False))
-    return rows.select_columns([*columns, *({"__key__", "__url__"} & set(rows.column_names))])
+    rows = rows.select_columns([*columns, *({"__key__", "__url__"} & set(rows.column_names))])
+    rows.shard_names = names
+    return rows
 
 
 def hold_out_shard(rows: IterableDataset, seed: int) -> int:
@@ -108,26 +113,26 @@ class ShardReader(torch.utils.data.IterableDataset):
             key = (self.seed * 1_000_003 + shard) * 1_000_003 + row
             order = torch.randperm(len(block), generator=torch.Generator().manual_seed(key % 2**63)).tolist()
             for number in range(used, len(block)):
-                of_shard, of_row, example = block[order[number]]
+                _, of_row, example = block[order[number]]
                 block[order[number]] = None  # it is decoded in place, and many pictures would not fit
-                yield example, self.name_of(of_shard, of_row, example), (shard, row, number + 1)
+                yield example, self.name_of(of_row, example), (shard, row, number + 1)
             used = 0
 
     def in_order(self, shard: int, row: int) -> Iterator[tuple[int, int, dict]]:
         """Rows from a place on: number of the shard in the sequence, row in it, example."""
         empty = 0
         while empty < 2 * len(self.shards):  # in another order each epoch, so that one may come twice in a row
-            source = self.rows.shard(self.rows.num_shards, self.shard_at(shard))
-            start, url = row, None
+            number = self.shard_at(shard)
+            source, name = self.rows.shard(self.rows.num_shards, number), self.rows.shard_names[number]
+            start = row
             try:
                 for values in (source.skip(row) if row else source).iter(1):
-                    example = {name: value[0] for name, value in values.items()}
-                    url = example.get("__url__")
-                    yield shard, row, example
+                    example = {column: value[0] for column, value in values.items()}
+                    yield shard, row, example | {"__url__": example.get("__url__") or name}
                     row += 1
             except (OSError, ValueError, tarfile.TarError) as error:
                 # Told as a row that cannot be used, so that it stops the run, or is recorded and the next shard read.
-                yield shard, row, {PROBLEM: f"the shard cannot be read any further: {error}", "__url__": url}
+                yield shard, row, {PROBLEM: f"the shard cannot be read any further: {error}", "__url__": name}
             empty = empty + 1 if row == start == 0 else 0
             shard, row = shard + self.step_of_shards, 0
         raise ValueError(f"none of {len(self.shards)} shards holds a row")
@@ -137,16 +142,16 @@ class ShardReader(torch.utils.data.IterableDataset):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return self.shards[int(torch.randperm(len(self.shards), generator=generator)[place])]
 
-    def name_of(self, shard: int, row: int, example: dict) -> str:
-        where = example.get("__url__") or f"shard {self.shard_at(shard)}"
+    def name_of(self, row: int, example: dict) -> str:
         files = "".join(file_of(value) for value in example.values() if isinstance(value, dict))
-        return f"{where}, row {row}" + (f", key {example['__key__']}" if example.get("__key__") else files)
+        key = f", key {example['__key__']}" if example.get("__key__") else files
+        return f"{example['__url__']}, row {row}{key}"
 
 
 def shard_batches(
     rows: IterableDataset, shard: int, count: int, examples: Examples, batch_size: int, on_bad_image: str
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The first `count` rows of a shard, in order; raises as `StreamBatches` does."""
+    """The first `count` rows of a shard, in order, told where it has fewer; raises as `StreamBatches` does."""
     reader = ShardReader(rows, [shard], examples, batch_size, 1, 0, 1, [(0, 0, 0)])
     good, bad = [], []
     seen = 0
@@ -158,13 +163,18 @@ def shard_batches(
         if reason is None:
             good.append(example)
         else:
-            bad.append((reader.name_of(epoch, row, example), reason))
+            bad.append((reader.name_of(row, example), reason))
         if len(good) == batch_size:
             yield examples.make_batch(good)
             good = []
     if good:
         yield examples.make_batch(good)
     handle_bad_images(bad, seen, on_bad_image)
+    if seen < count:
+        logger.warning(
+            f"--validation_rows {count}: {rows.shard_names[shard]}, the shard held out, has {seen} rows, and no other "
+            "is held out; write larger shards for more"
+        )
 
 
 class StreamBatches:
