@@ -147,6 +147,24 @@ def test_what_may_change_when_a_run_goes_on():
             Progress(settings | change).load_state_dict(state)
 
 
+def test_an_interrupted_run_writes_its_checkpoint_before_it_waits_for_workers(launch, clip_dir, tmp_path, monkeypatch):
+    """Each may take five seconds to be ended, and a scheduler waits for thirty in all."""
+    done, from_step, save = [], loop.RowBatches.from_step, loop.save_checkpoint
+
+    def watched(self, step):
+        try:
+            yield from from_step(self, step)
+        finally:
+            done.append("workers ended")
+
+    monkeypatch.setattr(loop.RowBatches, "from_step", watched)
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *given: done.append("saved") or save(*given))
+    monkeypatch.setattr(loop.Interrupt, "came_to_any", lambda self, step: step == 2)
+    with pytest.raises(SystemExit) as ended:
+        launch(stage1_script, clip_dir, tmp_path, "--max_steps", 9, "--save_steps", 0)
+    assert ended.value.code == 130 and done == ["saved", "workers ended"]
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_signal_to_a_run_and_its_workers_leaves_a_checkpoint(clip_dir, data, tmp_path, streaming):
     """As torchrun and schedulers send it."""

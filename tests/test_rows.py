@@ -180,6 +180,14 @@ def test_a_worker_outlives_a_runs_first_signals_and_no_second_sigterm():
         list(batches)
 
 
+def test_a_worker_ends_at_the_second_sigterm_though_its_run_only_notes_them():
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # as a run does, from which its workers are forked
+    try:
+        test_a_worker_outlives_a_runs_first_signals_and_no_second_sigterm()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_file_that_datasets_would_read_twice_is_named(tmp_path, streaming):
     Dataset.from_dict({"caption": ["x"] * 3}).to_parquet(tmp_path / "train-train.parquet")

@@ -220,14 +220,16 @@ def train(
         if args.save_steps and progress.step % args.save_steps == 0 and progress.step < total:
             saved = save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
         stop = interrupt.came_to_any(progress.step)
-    stream.close()  # its workers end
-    bar.close()
-    interrupt.restore()
-    if stop and progress.step < total:
+    interrupted = stop and progress.step < total
+    if interrupted:
         if saved is None:
             refuse_no_numbers(accelerator, terms, progress.step)
         folder = saved or save_checkpoint(accelerator, args.output_dir, progress.step, args.save_total_limit)
         accelerator.print(f"interrupted at step {progress.step}; go on with --resume_from_checkpoint {folder}")
+    stream.close()  # its workers end, for which it may have to wait
+    bar.close()
+    interrupt.restore()
+    if interrupted:
         sys.exit(130)
     skipped = batches.skipped_images()  # which all processes must ask for
     model.eval()

@@ -315,10 +315,9 @@ def whole_batch(batch: dict) -> dict:
 def outlive_the_first_signal(worker: int) -> None:
     """Of a loader's worker: whoever stops a run, a terminal, torchrun or a scheduler, signals its workers too, and
     without them it could not end its step and write a checkpoint. A second SIGTERM, as the loader itself sends to a
-    worker that does not end, is as it was."""
-    before = signal.getsignal(signal.SIGTERM)
+    worker that does not end, ends it: the run, whose handlers a worker is forked with, would only note it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, before or signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def in_batches(dataset: torch.utils.data.Dataset, size: int) -> Iterator[dict[str, torch.Tensor]]:
