@@ -321,16 +321,22 @@ def main() -> None:
 
 
 def load_triplets(data: DataArguments, args: Stage2Arguments) -> tuple[Dataset, list[tuple[str, str]]]:
-    """Triplets of pictures, or of captions where the data has no pictures."""
+    """Triplets of pictures, or of captions where not both have pictures; those of one are dropped then.
+
+    Raises:
+        ValueError: for a column that was named and is not there. And as `load_rows`.
+    """
     pictures = {args.reference_column: "the reference picture", args.target_column: "the target picture"}
     captions = {args.reference_caption_column: "the reference's caption", args.target_caption_column: "the target's"}
     text = {args.modification_column: "the modification text"}
     rows = load_source(data)
     found = set(rows.column_names)
-    for name in ("reference_id_column", "target_id_column"):  # optional, but not where they were named
-        if (column := getattr(args, name)) not in ("", getattr(Stage2Arguments, name)) and column not in found:
+    for name, column in vars(args).items():  # some are optional, but not where they were named
+        told = name.endswith("_column") and column not in ("", getattr(Stage2Arguments, name))
+        if told and column not in found:
             raise ValueError(f"--{name} {column}: {data.dataset_name} has no such column; it has {sorted(found)}")
     if set(captions) <= found and not set(pictures) <= found:
+        rows = rows.remove_columns(list(set(pictures) & found))
         return load_rows(data, captions | text, images=[], rows=rows)
     return load_rows(data, pictures | text, images=list(pictures), rows=rows)
 
