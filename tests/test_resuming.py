@@ -13,6 +13,7 @@ import stage1 as stage1_script
 import stage2 as stage2_script
 import torch
 from conftest import ROOT, same
+from datasets import load_dataset
 from loop import Progress
 from safetensors.torch import load_file
 
@@ -63,6 +64,28 @@ def test_a_run_does_not_go_on_from_another_model(launch, clip_dir, stage1, proce
     with pytest.raises(ValueError, match="checkpoint-2 was trained from another mapper than --model_name_or_path"):
         launch(stage2_script, tmp_path / "other", tmp_path / "two", *flags, *again)
     launch(stage2_script, tmp_path / "one", tmp_path / "two", *flags, *again)
+
+
+@pytest.mark.parametrize(
+    ("stage", "column"), [(1, "caption"), (2, "modification"), (2, "reference_id"), (2, "target_id")]
+)
+def test_a_run_does_not_go_on_with_texts_that_changed(launch, clip_dir, stage1_folder, data, tmp_path, stage, column):
+    """As many as before, under the same name; the same in another place are taken."""
+    script, start = {1: (stage1_script, clip_dir), 2: (stage2_script, stage1_folder)}[stage]
+    rows = load_dataset(str(data / {1: "captions", 2: "triplets"}[stage]), split="train")
+    if stage == 2:
+        for name in ("reference_id", "target_id"):
+            rows = rows.add_column(name, [str(n // 4) if name == "reference_id" else str(n) for n in range(24)])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    flags = ["--max_steps", 3, "--save_steps", 2]
+    launch(script, start, tmp_path / "a", *flags, "--dataset_name", tmp_path / "rows.parquet")
+    (tmp_path / "rows.parquet").rename(tmp_path / "moved.parquet")
+    changed = rows[column][:-1] + [rows[column][0]]
+    rows.remove_columns(column).add_column(column, changed).to_parquet(tmp_path / "rows.parquet")
+    again = [*flags, "--resume_from_checkpoint", "latest", "--dataset_name"]
+    with pytest.raises(ValueError, match=r"texts or ids .* of the 24 rows are others than the run was begun with"):
+        launch(script, start, tmp_path / "a", *again, tmp_path / "rows.parquet")
+    launch(script, start, tmp_path / "a", *again, tmp_path / "moved.parquet")
 
 
 def test_an_interrupt_keeps_no_weights_that_are_no_numbers(launch, clip_dir, tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def main() -> None:
     model.add_mapper()
     model.to(accelerator.device)
     captions = list(rows[args.caption_column])
-    batches = RowBatches(accelerator, Captions(captions, model, bare), loop, skipped=skipped)
+    batches = RowBatches(accelerator, Captions(captions, model, bare), loop, skipped=skipped, content=captions)
     objective = LincirObjective(model, args.noise_scale)
     train(accelerator, objective, model, processor, batches, loop, vars(data) | vars(args))
 

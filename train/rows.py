@@ -239,6 +239,7 @@ class RowBatches:
         dataset: gives a whole batch for a list of row numbers, by `__getitems__`.
         groups: a name for every row; rows of one name share a batch.
         skipped: (where, why) of pictures that were left out, for the record.
+        content: the rows' texts and what tells them apart, JSON-like; a checkpoint of other content is refused.
 
     Raises:
         ValueError: if an epoch does not fill one step of all processes.
@@ -251,9 +252,10 @@ class RowBatches:
         args: LoopArguments,
         groups: list | None = None,
         skipped: list[tuple[str, str]] = (),
+        content: list = (),
     ):
         self.accelerator, self.accumulation = accelerator, args.gradient_accumulation_steps
-        self.skipped = list(skipped)
+        self.skipped, self.content = list(skipped), digest(content)
         self.sampler = GroupedBatches(len(dataset), args.per_device_train_batch_size, args.seed, groups)
         loader = torch.utils.data.DataLoader(
             dataset,
@@ -302,10 +304,15 @@ class RowBatches:
         return self.skipped
 
     def state_dict(self) -> dict:
-        return {}
+        return {"content": self.content}
 
     def load_state_dict(self, state: dict) -> None:
-        """Nothing to load: the step says it all."""
+        """Nothing to load: the step says it all. Raises `ValueError` for a checkpoint of rows of other content."""
+        if state.get("content", self.content) != self.content:
+            raise ValueError(
+                f"texts or ids (or their order) of the {self.sampler.num_rows} rows are others than the run was begun "
+                "with: give --dataset_name as it was, or begin anew"
+            )
 
 
 def whole_batch(batch: dict) -> dict:

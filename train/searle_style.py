@@ -143,9 +143,10 @@ def main() -> None:
     rows = rows.shuffle(seed=loop.seed).select(range(min(args.inverted_images, len(rows))))
     model.to(accelerator.device)
     embeds = embed_images(model, processor, rows[args.image_column], data.feature_batch_size, progress="images")
-    words = invert(model, bare, embeds, list(rows[args.caption_column]), args)
+    captions = list(rows[args.caption_column])
+    words = invert(model, bare, embeds, captions, args)
     model.add_mapper()
-    batches = RowBatches(accelerator, InvertedImages(embeds, words), loop, skipped=skipped)
+    batches = RowBatches(accelerator, InvertedImages(embeds, words), loop, skipped=skipped, content=captions)
     objective = DistillationObjective(model, args.distillation_scale)
     train(accelerator, objective, model, processor, batches, loop, vars(data) | vars(args))
 

@@ -233,7 +233,7 @@ def row_data(
     names = [picture_name(picture) for picture in rows[args.image_column]] if data.validation_rows else None
     rows, held_out = hold_out(rows, data.validation_rows, loop.seed, names)
     dataset = Stage1Data(rows, model, processor, data, args)
-    batches = RowBatches(accelerator, dataset, loop, skipped=skipped)
+    batches = RowBatches(accelerator, dataset, loop, skipped=skipped, content=list(rows[args.caption_column]))
     if held_out is None:
         return batches, None
     watched = Stage1Data(held_out, model, processor, data, args)  # in all processes, which share the work

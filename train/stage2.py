@@ -100,10 +100,12 @@ class Stage2Data(torch.utils.data.Dataset):
         self.processor, self.texts = processor, list(rows[args.modification_column])
         self.groups = group_names(rows, args)
         if args.reference_column in rows.column_names:
-            self.captions = None
+            self.captions = self.target_captions = None
             self._embed_pictures(rows, model, data.feature_batch_size, data.feature_cache_dir, args)
         else:
-            self.captions = list(rows[args.reference_caption_column])
+            self.captions, self.target_captions = (
+                list(rows[column]) for column in (args.reference_caption_column, args.target_caption_column)
+            )
             self._embed_captions(rows, model, args)
 
     def _embed_pictures(
@@ -133,15 +135,20 @@ class Stage2Data(torch.utils.data.Dataset):
         self.target_ids = torch.tensor(first_of_each(names_of(rows, args.target_id_column, args.target_column)))
 
     def _embed_captions(self, rows: Dataset, model: TSCIRModel, args: Stage2Arguments) -> None:
-        targets = list(rows[args.target_caption_column])
         given = embed_texts, model, self.processor
         self.reference_embeds = shared.features(*given, self.captions, TEXTS_A_BATCH, "reference captions")
-        self.target_embeds = shared.features(*given, targets, TEXTS_A_BATCH, "target captions")
+        self.target_embeds = shared.features(*given, self.target_captions, TEXTS_A_BATCH, "target captions")
         self.references = torch.arange(len(rows))
         self.pseudo_words = torch.empty(len(rows), 0, model.config.clip_config.text_config.hidden_size)
         self.target_ids = torch.tensor(
             first_of_each(names_of(rows, args.target_id_column, args.target_caption_column))
         )
+
+    @property
+    def content(self) -> list:
+        """Everything but pictures that decides batches and loss: texts, and whose references and targets are equal."""
+        equal = first_of_each(self.groups), self.target_ids.tolist()
+        return [self.texts, self.captions, self.target_captions, *equal]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -295,7 +302,7 @@ def main() -> None:
         dataset = Stage2Data(rows, model, processor, data, args)
         pictures = pictures_of(held_out, args) if held_out is not None else None
         held_out = Stage2Data(held_out, model, processor, data, args) if held_out is not None else None
-    batches = RowBatches(accelerator, dataset, loop, dataset.groups, skipped)
+    batches = RowBatches(accelerator, dataset, loop, dataset.groups, skipped, dataset.content)
     miner = Miner(dataset, model, args.hard_negative_refresh, batches.rows_ahead)
     steps = steps_of(loop, batches)
     if miner.wanted and args.hard_negative_refresh >= steps:
