@@ -17,7 +17,14 @@ from transformers import CLIPModel, PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from .adapters import ADAPTER_CONFIG, ADAPTER_NAME, check_name, of_adapter
-from .backbone import BackboneNotFoundError, load_backbone, refuse_other_forms, refuse_other_models, told_of_damage
+from .backbone import (
+    BackboneNotFoundError,
+    commit_of,
+    load_backbone,
+    refuse_other_forms,
+    refuse_other_models,
+    told_of_damage,
+)
 from .configuration_tscir import TSCIRConfig
 
 
@@ -181,10 +188,7 @@ class CheckpointMixin:
         hub = {k: kwargs[k] for k in HUB if k in kwargs}
         refuse_other_models(path, hub)
         refuse_other_forms(path, hub)
-        quiet = {
-            "_raise_exceptions_for_missing_entries": False,
-            "_raise_exceptions_for_connection_errors": False,
-        }
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
         if cached_file(path, ADAPTER_CONFIG, **quiet, **hub) is not None:
             raise ValueError(
                 f"{path} has an {ADAPTER_CONFIG} beside the model's; move that adapter into a folder of its own, and "
@@ -201,6 +205,7 @@ class CheckpointMixin:
             config.backbone_name_or_path = os.path.abspath(name) if os.path.isdir(name) else name
             config.backbone_revision = None
         delta = cached_file(path, DELTA_NAME, **quiet, **hub)
+        commit = None if os.path.isdir(path) else commit_of(cached_file(path, "config.json", **quiet, **hub) or "")
         loading = kwargs.pop("output_loading_info", False)
         if delta is None:
             if backbone is not None:  # the folder has its own, which this one must be
@@ -220,6 +225,7 @@ class CheckpointMixin:
             mismatched = [] if as_told else [name for name, *_ in info["mismatched_keys"]]
             if problems := sorted({*info["missing_keys"], *info["unexpected_keys"], *mismatched}):
                 raise ValueError(f"{path} does not fit its config.json: tensors {problems[:5]} (of {len(problems)})")
+            model.hub_commit = commit
             model.load_further_adapters(path, hub)
             return (model, info) if loading else model
         dtype, attention, device = (kwargs.pop(k, None) for k in ("dtype", "attn_implementation", "device_map"))
@@ -233,7 +239,7 @@ class CheckpointMixin:
         model = cls._from_delta(config, delta, dtype_of(dtype), attention, own)
         if device is not None:
             model.to(one_device(device, path))
-        model.name_or_path = path
+        model.name_or_path, model.hub_commit = path, commit
         model.load_further_adapters(path, hub)
         if loading:
             return model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}

@@ -56,6 +56,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
 
     config_class = TSCIRConfig
     config: TSCIRConfig
+    hub_commit: str | None = None  # of the Hub repository that it was loaded from
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")

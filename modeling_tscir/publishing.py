@@ -1,6 +1,7 @@
 """A model as a complete Hub repository: weights, code, processor, and a card filled from what training and evaluation
 wrote down."""
 
+import contextlib
 import csv
 import json
 import os
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import EvalResultEntry, HfApi, eval_result_entries_to_yaml
+from transformers.utils import cached_file
 
 from .images import load_image
 from .model_card import ON_HUB, model_card, public
 
 
+RECORD = "training_arguments.json"
 NAMES = ("model_name_or_path", "dataset_name")  # of folders, or on the Hub
 PATHS = (*NAMES, "output_dir", "feature_cache_dir", "resume_from_checkpoint", "config")
 FOLDERS = re.compile(  # absolute, before a file's name: within quotes, or up to what training says behind a path
@@ -69,7 +72,7 @@ def write_repository(
         repo_id (`str`): its name on the Hub, for the card's calls.
         backbone (`str`): "reference" or "full"; `default_form` unless told.
         licence (`str`): the Hub's name of one; that of known backbones unless told, else "other".
-        training: the folder that training wrote, for its record; the model's own unless told.
+        training: the folder that training wrote, for its record; the model's own unless told, on the Hub too.
         results: results.json files that the evaluation scripts wrote for this very model.
         benchmark_datasets: the Hub's dataset by a benchmark's name ("cirr"), for `.eval_results`.
         examples: pictures' paths and texts, shown on the model's page.
@@ -95,7 +98,8 @@ def write_repository(
     benchmarks = sorted({found["benchmark"] for found in read})
     if unused := sorted(set(benchmark_datasets or {}) - set(benchmarks)):
         raise ValueError(f"a dataset is named for {unused}, but results are of {benchmarks or 'no benchmark'}")
-    recorded = training_records(training or model.name_or_path)
+    # Of a model that was loaded from the Hub its own is there.
+    recorded = training_records(training or model.name_or_path, None if training else model.hub_commit)
     for picture, _ in examples:
         try:
             load_image(picture)
@@ -106,7 +110,7 @@ def write_repository(
     if processor is not None:
         processor.save_pretrained(folder)
     if recorded:
-        (folder / "training_arguments.json").write_text(json.dumps(recorded, indent=2), encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(recorded, indent=2), encoding="utf-8")
     widget = []
     for number, (picture, text) in enumerate(examples):
         (folder / "examples").mkdir(exist_ok=True)
@@ -182,19 +186,30 @@ def forget_local_paths(folder: Path, backbone: str | None) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def training_records(folder: str | os.PathLike | None) -> dict:
-    """What training wrote about itself and the stage before it, without this machine's folders."""
+def training_records(folder: str | os.PathLike | None, commit: str | None = None) -> dict:
+    """What training wrote about itself and the stage before it, without this machine's folders; as `read_record`."""
     if not folder:  # else a model that was never saved would have what lies in the working directory
         return {}
-    path = Path(folder) / "training_arguments.json"
-    if not path.is_file():
-        return {}
+    record = read_record(folder, commit)
+    return {} if record is None else without_folders(record | emissions(Path(folder)))
+
+
+def read_record(name: str | os.PathLike, commit: str | None = None) -> dict | None:
+    """`training_arguments.json` of a folder, or of a Hub repository at a commit; None where there is none.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    path = os.path.join(name, RECORD)
+    if commit is not None and not os.path.isdir(name):
+        with contextlib.suppress(OSError):  # as of a repository that is gone by now, or without a connection
+            path = cached_file(name, RECORD, revision=commit, _raise_exceptions_for_missing_entries=False)
+    if path is None or not os.path.isfile(path):
+        return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    record |= emissions(path.parent)
-    return without_folders(record)
 
 
 def without_folders(record: dict) -> dict:

@@ -36,7 +36,7 @@ from transformers.utils import logging
 from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
-from modeling_tscir.publishing import versions
+from modeling_tscir.publishing import RECORD, read_record, versions
 
 
 # What may change when a run goes on: it decides neither rows, nor steps, nor what is trained; and data and models may
@@ -163,6 +163,8 @@ def train(
         if any(glob.iglob(settings[name])):  # of this machine, not a name on the Hub
             settings[name] = os.path.abspath(settings[name])
     progress = Progress(settings | batches.size | {"num_processes": accelerator.num_processes})
+    before = read_record(settings["model_name_or_path"], model.hub_commit)
+    settings |= {} if before is None else {"previous_stage": before}  # which made the model that this one begins with
     accelerator.register_for_checkpointing(scheduler, progress, batches, *checkpointed)
     keep_only_trained_tensors(accelerator, model, trained)
     if args.report_to != "none":
@@ -269,8 +271,7 @@ def write_record(folder: Path, settings: dict, accelerator: Accelerator, progres
     """`training_arguments.json`: everything that somebody needs to train the same again, and a card to tell of it."""
     record = settings | {"num_processes": accelerator.num_processes}
     record |= {"hours": progress.seconds / 3600, "hardware": hardware(accelerator), "versions": versions()}
-    record |= previous_stage(settings["model_name_or_path"])
-    (folder / "training_arguments.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
 def hardware(accelerator: Accelerator) -> str:
@@ -286,12 +287,6 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
-
-
-def previous_stage(folder: str) -> dict:
-    """The record of the training that made the model which this one began with."""
-    path = Path(folder) / "training_arguments.json"
-    return {"previous_stage": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
 
 
 class Interrupt:
