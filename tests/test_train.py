@@ -9,6 +9,7 @@ import pytest
 import stage1 as stage1_script
 import stage2 as stage2_script
 import torch
+import yaml
 from arguments import DataArguments
 from conftest import WORDS, same
 from datasets import Dataset, Features, Value
@@ -151,6 +152,17 @@ def test_bf16_clipping_tensorboard_and_workers(launch, clip_dir, tmp_path):
     tensors = launch(stage1_script, clip_dir, tmp_path, "--max_steps", 3, "--dataloader_num_workers", 1, *flags)
     assert all(torch.isfinite(v).all() and v.dtype == torch.float32 for v in tensors.values())
     assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_is_told_the_choices_of_the_method_and_the_data(launch, stage1_folder, data, tmp_path):
+    """By which runs are compared, defaults included."""
+    flags = ["--max_steps", 1, "--report_to", "tensorboard", "--lora_target_modules", "q_proj", "fc1"]
+    launch(stage2_script, stage1_folder, tmp_path / "out", *flags, "--reference_negative_weight", 0.25)
+    (told,) = (tmp_path / "out").rglob("hparams.yml")
+    told = yaml.safe_load(told.read_text("utf-8"))
+    assert told["reference_negative_weight"] == 0.25 and told["gce_q"] == TSCIRConfig().gce_q
+    assert told["lora_target_modules"] == "q_proj fc1" and told["dataset_name"] == str(data / "triplets")
+    assert told["learning_rate"] == 1e-3 and told["num_processes"] == 1
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -168,7 +168,7 @@ def train(
     accelerator.register_for_checkpointing(scheduler, progress, batches, *checkpointed)
     keep_only_trained_tensors(accelerator, model, trained)
     if args.report_to != "none":
-        accelerator.init_trackers("tscir", config={k: v for k, v in vars(args).items() if v is not None})
+        accelerator.init_trackers("tscir", config=for_trackers(progress.settings | settings))
     if args.resume_from_checkpoint:
         folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
         accelerator.load_state(str(folder))
@@ -248,6 +248,12 @@ def train(
     del objective, optimizer
     accelerator.free_memory()
     accelerator.end_training()
+
+
+def for_trackers(settings: dict) -> dict[str, bool | int | float | str]:
+    """A run's settings as every tracker takes them: a list as a text, and of the stage before nothing."""
+    told = {name: " ".join(value) if isinstance(value, (list, tuple)) else value for name, value in settings.items()}
+    return {name: value for name, value in told.items() if isinstance(value, (bool, int, float, str))}
 
 
 def refuse_no_numbers(accelerator: Accelerator, terms: dict[str, torch.Tensor], step: int) -> None:
