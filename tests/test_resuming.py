@@ -159,6 +159,16 @@ def test_a_new_run_does_not_begin_among_an_old_ones_checkpoints(launch, clip_dir
         launch(stage1_script, clip_dir, tmp_path, "--resume_from_checkpoint", "latest", "--num_pseudo_words", 2)
 
 
+@pytest.mark.parametrize("flag", [["--learning_rate", 0.1], ["--validation_rows", 4], ["--gce_q", 0.1]])
+def test_other_arguments_are_refused_before_features_are_computed(launch, stage1_folder, tmp_path, monkeypatch, flag):
+    """Which may take hours."""
+    launch(stage2_script, stage1_folder, tmp_path / "a", "--max_steps", 3, "--save_steps", 2)
+    monkeypatch.setattr(stage2_script, "load_triplets", lambda *given: pytest.fail("the data was read"))
+    again = ["--max_steps", 3, "--resume_from_checkpoint", "latest", *flag]
+    with pytest.raises(ValueError, match=f"other arguments: {flag[0][2:]} was .*, not {flag[1]}; give those"):
+        launch(stage2_script, stage1_folder, tmp_path / "a", *again)
+
+
 def test_what_may_change_when_a_run_goes_on():
     settings = {"seed": 0, "num_processes": 1, "lora_target_modules": None, "output_dir": "a", "on_bad_image": "error"}
     state = Progress(settings).state_dict() | {"step": 7}

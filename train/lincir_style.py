@@ -133,7 +133,7 @@ def main() -> None:
         description=__doc__,
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
-    accelerator: Accelerator = make_accelerator(loop)
+    accelerator: Accelerator = make_accelerator(loop, data, args)
     model, processor, bare = plain_start(data, args.num_pseudo_words)
     rows, skipped = load_rows(data, {args.caption_column: "the caption"}, images=[])
     model.add_mapper()

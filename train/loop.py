@@ -46,6 +46,7 @@ FREE_TO_CHANGE = {
     "report_to", "dataloader_num_workers", "feature_cache_gb", "feature_cache_dir", "feature_batch_size",
     "on_bad_image", "dataset_name", "model_name_or_path",
 }  # fmt: skip
+PROGRESS = "custom_checkpoint_1.pkl"  # by the order in which `train` registers what is kept
 
 
 class Progress:
@@ -78,12 +79,15 @@ class Progress:
         self.step, self.best, self.before = state["step"], state["best"], state.get("seconds", 0.0)
 
 
-def make_accelerator(args: LoopArguments) -> Accelerator:
+def make_accelerator(args: LoopArguments, *others) -> Accelerator:
     """The run's Accelerator, its seed set.
 
+    Args:
+        others: the run's further arguments, of data and stage.
+
     Raises:
-        ValueError: if there is no checkpoint to go on from, an earlier run's where a new one is to begin, or nothing
-            can be written.
+        ValueError: if there is no checkpoint to go on from, or one of other arguments, an earlier run's where a new
+            one is to begin, or nothing can be written.
     """
     if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
         raise ValueError(
@@ -106,6 +110,10 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
     folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     if folder is None or folder.resolve().parent != Path(args.output_dir).resolve():
         refuse_used_folder(args.output_dir)
+    if folder is not None and (kept := folder / PROGRESS).is_file():
+        told = {k: v for given in (args, *others) for k, v in vars(given).items() if v is not None}
+        told["num_processes"] = accelerator.num_processes
+        Progress(told).load_state_dict(torch.load(kept, map_location="cpu", weights_only=True))
     accelerator.wait_for_everyone()
     return accelerator
 

@@ -136,7 +136,7 @@ def main() -> None:
         description=__doc__,
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
-    accelerator: Accelerator = make_accelerator(loop)
+    accelerator: Accelerator = make_accelerator(loop, data, args)
     model, processor, bare = plain_start(data, args.num_pseudo_words)
     columns = {args.image_column: "the picture", args.caption_column: "its caption"}
     rows, skipped = load_rows(data, columns, images=[args.image_column])

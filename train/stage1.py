@@ -204,7 +204,7 @@ def main() -> None:
         raise ValueError(f"--shuffle_buffer_size must be at least 1, not {args.shuffle_buffer_size}")
     if args.streaming and loop.max_steps <= 0:
         raise ValueError("a stream has no known length: say how long to train, --max_steps")
-    accelerator = make_accelerator(loop)
+    accelerator = make_accelerator(loop, data, args)
     model = TSCIRModel.from_clip_pretrained(data.model_name_or_path, **args.choices())
     processor = TSCIRProcessor.from_clip_pretrained(
         data.model_name_or_path, model.config.num_pseudo_words, **{name: getattr(args, name) for name in TEMPLATES}

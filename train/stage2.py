@@ -275,7 +275,7 @@ def main() -> None:
         description=__doc__,
         required=("model_name_or_path", "dataset_name", "output_dir"),
     )
-    accelerator = make_accelerator(loop)
+    accelerator = make_accelerator(loop, data, args)
     model = TSCIRModel.from_pretrained(data.model_name_or_path)
     processor = TSCIRProcessor.from_pretrained(data.model_name_or_path)
     if args.prompt_template is not None:
