@@ -289,3 +289,16 @@ def test_what_is_left_out_is_named_by_its_record_with_a_remedy_of_its_source(tmp
         run(tmp_path, "webdataset", *flags)
     assert len(run(tmp_path, "webdataset", *flags, "--on_bad_image", "skip")) == 2
     assert "1.tar, sample s1, triplet 3: no modification" in (tmp_path / "out/left_out.txt").read_text("utf-8")
+
+
+def test_a_sample_without_a_member_is_left_out_and_one_of_another_form_is_told(tmp_path, capsys):
+    good = {"in.png": encoded(1), "out.png": encoded(2), "json": json.dumps({"edit": "in red"}).encode()}
+    bare = {name: content for name, content in good.items() if name != "json"}
+    flags = [tmp_path / "*.tar", "--keys", "in.png", "out.png", "json.edit"]
+    write_tar(tmp_path / "0.tar", {f"s{n}": bare if n == 6 else good for n in range(8)})
+    with pytest.raises(SystemExit, match=r"0\.tar, sample s6, triplet 6: no modification"):
+        run(tmp_path, "webdataset", *flags)
+    assert len(run(tmp_path, "webdataset", *flags, "--on_bad_image", "skip")) == 7
+    write_tar(tmp_path / "0.tar", {f"s{n}": good | ({"json": b"[1]"} if n == 6 else {}) for n in range(8)})
+    with pytest.raises(SystemExit, match=r"error: .*0\.tar, beyond sample s5, is damaged or of another form: 'list'"):
+        run(tmp_path, "webdataset", *flags)

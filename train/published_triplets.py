@@ -120,22 +120,32 @@ def shard_samples(args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
 
 
 def rows_of_shard(shard: str) -> Iterator[dict]:
-    """A tar shard's samples, pictures still encoded. Raises `ValueError` naming a shard that is damaged or empty."""
+    """A tar shard's samples, pictures still encoded.
+
+    Raises:
+        ValueError: naming a shard that is damaged or empty, and the sample before one of another form.
+    """
+    where = ""
     try:
         files = shard if "://" in shard else glob.escape(shard)
         rows = load_dataset("webdataset", data_files=files, split="train", streaming=True)
         for name, feature in (rows.features or {}).items():
             if isinstance(feature, ImageFeature):
                 rows = rows.cast_column(name, ImageFeature(decode=False))
-        yield from rows
-    except (tarfile.TarError, ValueError, IndexError, EOFError) as error:
-        raise ValueError(f"{shard} is damaged or holds no sample: {error}") from error
+        for sample in rows:
+            yield sample
+            where = f", beyond sample {sample['__key__']},"
+    except (tarfile.TarError, ValueError, IndexError, EOFError, AttributeError) as error:
+        or_else = "of another form" if where else "holds no sample"
+        raise ValueError(f"{shard}{where} is damaged or {or_else}: {error}") from error
 
 
 def _at(row: dict, key: str):
     if key in row:
         return row[key]
     outer, _, inner = key.partition(".")
+    if outer in row and row[outer] is None:  # a sample without a member that others have
+        return None
     if not isinstance(row.get(outer), dict) or inner not in row[outer]:
         seen = [f"{k}.{i}" for k, v in row.items() if isinstance(v, dict) for i in v if set(v) != PICTURE]
         raise ValueError(f"the shards lack {key}; they have {', '.join(sorted([*row, *seen]))}")
