@@ -21,7 +21,7 @@ from fake_hub import FakeHub, Repository
 from PIL import Image
 from safetensors.torch import load_file
 from stage1 import CaptionedImages, Stage1Arguments
-from stream import ShardReader, StreamBatches, hold_out_shard, load_stream
+from stream import PROBLEM, ShardReader, StreamBatches, hold_out_shard, load_stream
 
 from modeling_tscir import BadImagesError, TSCIRModel
 
@@ -220,6 +220,19 @@ def test_a_shard_without_a_readable_row_is_named_by_its_path(launch, clip_dir, s
     flags += ["--streaming", "--max_steps", 8, "--per_device_train_batch_size", 4, "--shuffle_buffer_size", 4]
     with pytest.raises(BadImagesError, match=rf"{tmp_path}/train-2\.{kind}, row 0: the shard cannot be read any"):
         launch(stage1_script, clip_dir, tmp_path / "out", *flags)
+
+
+def test_a_shard_of_another_form_is_named_or_left(tmp_path):
+    """Whatever `datasets` raises over it: a TypeError here."""
+    for n, caption in enumerate(("red", ["red"])):
+        lines = [json.dumps({"image": "a.png", "caption": caption})] * 3
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(lines), "utf-8")
+    rows = load_stream(DataArguments(dataset_name=str(tmp_path / "*.jsonl")), {"image": "", "caption": ""}, ["image"])
+    reader = ShardReader(rows, [0, 1], None, 3, 3, 0, 1, [(0, 0, 0)])
+    problems = [example for _, (_, _, example) in zip(range(8), reader.in_order(0, 0), strict=False)]
+    problems = [example for example in problems if PROBLEM in example]
+    assert problems and all(example["__url__"] == str(tmp_path / "1.jsonl") for example in problems)
+    assert "any further: Couldn't cast array of type list" in problems[0][PROBLEM]
 
 
 def test_rows_of_a_stream_are_named_by_their_file(launch, clip_dir, tmp_path):

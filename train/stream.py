@@ -10,6 +10,7 @@ from accelerate.utils import gather_object, send_to_device
 from arguments import DataArguments, LoopArguments
 from datasets import Image as ImageFeature
 from datasets import IterableDataset
+from pyarrow import ArrowException
 from rows import check_columns, file_of, load_source, outlive_the_first_signal
 from transformers.utils import logging
 
@@ -18,6 +19,8 @@ from modeling_tscir.images import BadImagesError, handle_bad_images
 
 logger = logging.get_logger(__name__)
 PROBLEM = "cannot be read"
+# What readers raise over a shard's content; of a connection that is lost they may raise others, which end a run.
+UNREADABLE = OSError, ValueError, TypeError, LookupError, ArrowException, tarfile.TarError
 
 
 def load_stream(data: DataArguments, columns: dict[str, str], images: list[str]) -> IterableDataset:
@@ -130,7 +133,7 @@ class ShardReader(torch.utils.data.IterableDataset):
                     example = {column: value[0] for column, value in values.items()}
                     yield shard, row, example | {"__url__": example.get("__url__") or name}
                     row += 1
-            except (OSError, ValueError, tarfile.TarError) as error:
+            except UNREADABLE as error:
                 # Told as a row that cannot be used, so that it stops the run, or is recorded and the next shard read.
                 yield shard, row, {PROBLEM: f"the shard cannot be read any further: {error}", "__url__": name}
             empty = empty + 1 if row == start == 0 else 0
