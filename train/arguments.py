@@ -93,7 +93,9 @@ class DataArguments:
     )
     feature_cache_gb: float = field(
         default=4.0,
-        metadata={"help": "Patch states are computed once if they fit into this many GB, else again at every step."},
+        metadata={
+            "help": "Patch states are computed once if they fit into this many GB of a process, else at every step."
+        },
     )
     feature_cache_dir: str | None = field(
         default=None,
