@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -332,6 +333,17 @@ def test_nothing_of_a_stream_is_read_ahead_of_its_record(shards, processor):
     batches = other.from_step(5)
     assert all(torch.equal(next(batches)["pixel_values"], expected) for expected in rest)
     assert len({tuple(x.flatten().tolist()) for x in (*first, *rest)}) == 11
+
+
+def test_a_stream_goes_on_from_the_files_it_was_read_from_wherever_they_lie(launch, clip_dir, shards, tmp_path):
+    flags = ["--streaming", "--max_steps", 2, "--save_steps", 1]
+    launch(stage1_script, clip_dir, tmp_path / "run", *flags, "--dataset_name", shards / "parquet")
+    flags += ["--resume_from_checkpoint", "latest"]
+    moved = shutil.copytree(shards / "parquet", tmp_path / "moved")
+    launch(stage1_script, clip_dir, tmp_path / "run", *flags, "--dataset_name", moved)
+    (moved / "train-3.parquet").rename(moved / "train-7.parquet")
+    with pytest.raises(ValueError, match=r"the files it was read from: train-3\.parquet before, train-4\.parquet now"):
+        launch(stage1_script, clip_dir, tmp_path / "run", *flags, "--dataset_name", moved)
 
 
 def test_a_buffer_of_nothing_is_refused(launch, clip_dir, tmp_path):

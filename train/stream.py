@@ -1,5 +1,6 @@
 """Training data that is read as it comes: shards of any size, in an order that any step can start from."""
 
+import os
 import tarfile
 from collections.abc import Iterator
 from itertools import islice
@@ -184,7 +185,8 @@ class StreamBatches:
     """Batches of a stream, the same whether a run starts at step 0 or goes on from a checkpoint.
 
     Raises:
-        ValueError: for fewer shards than processes times workers, or on resuming with another number of either.
+        ValueError: for fewer shards than processes times workers, or on resuming with another number of either or with
+            other files.
         BadImagesError: naming shard and row of pictures that cannot be read, unless they are to be skipped; then
             `skipped` holds them.
     """
@@ -213,6 +215,7 @@ class StreamBatches:
         self.places = [(first + worker, 0, 0) for worker in range(self.workers)]
         self.taken = 0  # batches, by this process
         self.skipped: dict[str, str] = {}
+        self.files = [os.path.basename(rows.shard_names[shard]) for shard in shards]  # which may be moved together
         self.settings = {"processes": accelerator.num_processes, "workers": self.workers, "block_size": block_size,
                          "batch_size": args.per_device_train_batch_size, "shards": len(shards),
                          "seed": args.seed}  # fmt: skip
@@ -248,13 +251,19 @@ class StreamBatches:
 
     def state_dict(self) -> dict:
         mine = {"places": list(self.places), "taken": self.taken, "skipped": dict(self.skipped)}
-        return {"settings": self.settings, "processes": gather_object([mine])}
+        return {"settings": self.settings, "files": self.files, "processes": gather_object([mine])}
 
     def load_state_dict(self, state: dict) -> None:
         changed = {k: (v, self.settings[k]) for k, v in state["settings"].items() if self.settings[k] != v}
         if changed:
             told = ", ".join(f"{k} {before} before and {now} now" for k, (before, now) in changed.items())
             raise ValueError(f"a stream goes on where it stood only with the settings it was read with: {told}")
+        for before, now in zip(state.get("files", self.files), self.files, strict=True):
+            if before != now:
+                raise ValueError(
+                    f"a stream goes on where it stood only with the files it was read from: {before} before, {now} "
+                    "now; give --dataset_name as it was, or begin anew"
+                )
         mine = state["processes"][self.accelerator.process_index]
         self.places = [tuple(place) for place in mine["places"]]
         self.taken, self.skipped = mine["taken"], dict(mine["skipped"])
