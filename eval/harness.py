@@ -20,8 +20,8 @@ from transformers.utils import logging
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 from modeling_tscir.backbone import why_not
 from modeling_tscir.embedding import embed_images, embed_queries, embed_texts
-from modeling_tscir.feature_cache import cached, feature_key, file_fingerprints, is_cached, preprocessing_of
-from modeling_tscir.images import BadImagesError, find_bad_images, handle_bad_images
+from modeling_tscir.feature_cache import cached_in_parts, feature_key, file_fingerprints, is_cached, preprocessing_of
+from modeling_tscir.images import BadImagesError, Selected, find_bad_images, handle_bad_images
 from modeling_tscir.publishing import versions
 from modeling_tscir.queries import slerp
 from modeling_tscir.ranking import Ranking, rank_candidates, rank_gallery
@@ -31,6 +31,7 @@ logger = logging.get_logger(__name__)
 
 
 TOP_K = 50
+BATCHES_A_PART = 128  # of pictures, whose embeddings a run that is stopped leaves for the next
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,17 @@ def picture_key(model: TSCIRModel, processor: TSCIRProcessor, split: Split) -> s
 
 
 def embed_pictures(model: TSCIRModel, processor: TSCIRProcessor, split: Split, args) -> torch.Tensor:
-    """Every picture's embedding [N, D], L2-normalised, from the cache where it is there."""
+    """Every picture's embedding [N, D], L2-normalised, from the cache where it is there, and so is a part of them."""
+    count, size = len(split.sources), args.batch_size * BATCHES_A_PART
 
-    def compute() -> torch.Tensor:
-        embeds = embed_images(model, processor, split.sources, args.batch_size, progress="pictures")
+    def compute(rows: range) -> torch.Tensor:
+        told = "pictures" if len(rows) == count else f"pictures {rows.start + 1:,} to {rows.stop:,} of {count:,}"
+        embeds = embed_images(model, processor, Selected(split.sources, rows), args.batch_size, progress=told)
         if not torch.isfinite(embeds).all():
             raise ValueError("picture embeddings hold NaN or infinite values, and are not kept; try another --dtype")
         return embeds
 
-    return cached(args.cache_dir, picture_key(model, processor, split), compute)
+    return cached_in_parts(args.cache_dir, picture_key(model, processor, split), count, size, compute)
 
 
 class Readable(NamedTuple):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,6 +106,25 @@ def cached(folder: str | os.PathLike | None, key: str, compute: Callable[[], tor
     if features is None:
         features = compute()
         keep(folder, key, features)
+    return features
+
+
+def cached_in_parts(
+    folder: str | os.PathLike | None, key: str, count: int, size: int, compute: Callable[[range], torch.Tensor]
+) -> torch.Tensor:
+    """As `cached`, of `count` rows, `compute` giving `size` of them at a time: what was done before a run was stopped
+    is not done again."""
+    if (features := kept(folder, key)) is not None:
+        return features
+    if count <= size:
+        return cached(folder, key, lambda: compute(range(count)))
+    parts = {f"{key}-{start}-{size}": range(start, min(start + size, count)) for start in range(0, count, size)}
+    features = torch.cat([cached(folder, name, partial(compute, rows)) for name, rows in parts.items()])
+    keep(folder, key, features)
+    if folder is not None and is_cached(folder, key):
+        for name in parts:
+            with contextlib.suppress(OSError):
+                _path(folder, name).unlink(missing_ok=True)
     return features
 
 

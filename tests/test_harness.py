@@ -40,6 +40,30 @@ def embedded(monkeypatch):
     return counted
 
 
+def test_a_gallery_whose_embedding_was_stopped_goes_on(folder, run_script, model_dir, monkeypatch, tmp_path):
+    flags = ["--data_dir", folder, "--model_name_or_path", model_dir, "--batch_size", 2]
+    whole, _ = run_script(circo.CIRCO, *flags)
+    (tmp_path / "cache").rename(tmp_path / "whole")
+    monkeypatch.setattr(harness, "BATCHES_A_PART", 1)
+    embed_images, counted = harness.embed_images, []
+
+    def stopped(model, processor, sources, *args, **kwargs):
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+        counted.append(len(sources))
+        return embed_images(model, processor, sources, *args, **kwargs)
+
+    monkeypatch.setattr(harness, "embed_images", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_script(circo.CIRCO, *flags)
+    counted.clear()
+    again, _ = run_script(circo.CIRCO, *flags)
+    assert counted == [2]
+    assert {k: v for k, v in again.items() if "_at_" in k} == {k: v for k, v in whole.items() if "_at_" in k} != {}
+    kept = [[path.name for path in (tmp_path / name).iterdir()] for name in ("whole", "cache")]
+    assert len(kept[0]) == 1 and kept[0] == kept[1]  # no part is left behind
+
+
 def test_a_gallery_is_embedded_once(folder, run_script, model_dir, stage2, processor, tmp_path, embedded):
     flags = ["--data_dir", folder, "--model_name_or_path"]
     first, _ = run_script(circo.CIRCO, *flags, model_dir)
