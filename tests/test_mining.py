@@ -38,6 +38,12 @@ def test_that_nothing_will_be_mined_is_said(launch, stage1_folder, tmp_path, cap
     assert "mines nothing" not in caplog.text
 
 
+def test_no_steps_between_two_minings_are_refused_before_anything_is_read(launch, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        launch(stage2_script, tmp_path / "nowhere", tmp_path / "out", "--hard_negative_refresh", 0)
+    assert "--hard_negative_refresh must be at least 1, not 0" in capsys.readouterr().err
+
+
 def test_mined_negatives_are_the_nearest_wrong_targets(data, stage2, processor):
     from datasets import load_dataset
 
@@ -45,8 +51,6 @@ def test_mined_negatives_are_the_nearest_wrong_targets(data, stage2, processor):
     for column in ("reference", "target"):
         rows = rows.cast_column(column, ImageFeature(decode=False))
     dataset = stage2_script.Stage2Data(rows, stage2, processor, DataArguments(), stage2_script.Stage2Arguments())
-    with pytest.raises(ValueError, match="--hard_negative_refresh 0"):
-        Miner(dataset, stage2, refresh=0)
     miner = Miner(dataset, stage2, refresh=1, batch_size=5)
     assert miner.negatives(torch.tensor([0])) == {}
     targets = dataset.target_embeds

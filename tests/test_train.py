@@ -261,3 +261,10 @@ def test_wrong_starts_say_which_command_is_missing(launch, clip_dir, stage1_fold
         launch(stage1_script, clip_dir, tmp_path / "out", "--caption_column", "text")
     with pytest.raises(ValueError, match="do not fill a batch"):
         launch(stage1_script, clip_dir, tmp_path / "out", "--per_device_train_batch_size", 25)
+
+
+def test_a_warm_up_beyond_the_run_is_told(launch, clip_dir, tmp_path, capsys):
+    launch(stage1_script, clip_dir, tmp_path, "--max_steps", 2, "--warmup_steps", 3)
+    assert "--warmup_steps 3: the run has 2 steps, and never comes to --learning_rate" in capsys.readouterr().out
+    launch(stage1_script, clip_dir, tmp_path / "whole", "--max_steps", 2, "--warmup_steps", 2)
+    assert "--warmup_steps" not in capsys.readouterr().out

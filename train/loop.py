@@ -162,6 +162,8 @@ def train(
     objective, optimizer = accelerator.prepare(objective, optimizer)
     total = steps_of(args, batches)
     warmup = int(args.warmup_steps * total) if args.warmup_steps < 1 else int(args.warmup_steps)
+    if warmup > total:
+        accelerator.print(f"--warmup_steps {warmup}: the run has {total} steps, and never comes to --learning_rate")
     scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total)
     settings = record | vars(args)
     for name in [name for name, value in settings.items() if value is None]:

@@ -26,8 +26,6 @@ class Miner:
         rows_ahead: Callable[[int, int], list[int]] | None = None,
         batch_size: int = 256,
     ):
-        if refresh < 1:
-            raise ValueError(f"--hard_negative_refresh {refresh}: steps between two minings, at least 1")
         self.dataset, self.model, self.refresh, self.batch_size = dataset, model, refresh, batch_size
         self.rows_ahead = rows_ahead or (lambda step, steps: list(range(len(dataset))))
         self.rows: torch.Tensor | None = None  # [R], sorted

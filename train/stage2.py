@@ -80,6 +80,10 @@ class Stage2Arguments:
     )
     hard_negative_refresh: int = field(default=100, metadata={"help": "Steps between two minings."})
 
+    def __post_init__(self):
+        if self.hard_negative_refresh < 1:
+            raise ValueError(f"--hard_negative_refresh must be at least 1, not {self.hard_negative_refresh}")
+
     def choices(self) -> dict:
         others = ("hard_negative_refresh", "prompt_template")
         given = {k: v for k, v in vars(self).items() if not k.endswith("_column") and k not in others}
