@@ -5,7 +5,10 @@ import stage2 as stage2_script
 import torch
 from arguments import DataArguments
 from datasets import Image as ImageFeature
+from datasets import load_dataset
 from mining import Miner
+
+from modeling_tscir.adapters import lora_layers
 
 
 def test_where_all_rows_have_one_target_nothing_is_mined(stage2):
@@ -44,13 +47,38 @@ def test_no_steps_between_two_minings_are_refused_before_anything_is_read(launch
     assert "--hard_negative_refresh must be at least 1, not 0" in capsys.readouterr().err
 
 
-def test_mined_negatives_are_the_nearest_wrong_targets(data, stage2, processor):
-    from datasets import load_dataset
-
+@pytest.fixture
+def dataset(data, stage2, processor):
     rows = load_dataset(str(data / "triplets"), split="train")
     for column in ("reference", "target"):
         rows = rows.cast_column(column, ImageFeature(decode=False))
-    dataset = stage2_script.Stage2Data(rows, stage2, processor, DataArguments(), stage2_script.Stage2Arguments())
+    return stage2_script.Stage2Data(rows, stage2, processor, DataArguments(), stage2_script.Stage2Arguments())
+
+
+def test_adapters_drop_nothing_while_they_mine_and_go_on_dropping(dataset, stage2):
+    for layer in lora_layers(stage2.clip.text_model):
+        layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    miner, rows = Miner(dataset, stage2, refresh=1), list(range(24))
+    miner.mine(rows, count=5, ceiling=2.0)
+    assert not stage2.training
+    expected = miner.mined
+    stage2.train()
+    miner.mine(rows, count=5, ceiling=2.0)
+    assert torch.equal(miner.mined, expected) and stage2.training
+
+
+def test_a_target_of_several_rows_is_no_negative_of_any_of_them(dataset, stage2):
+    """Whatever the ceiling; and it stands among the others' once."""
+    dataset.target_ids = torch.arange(24) // 3 * 3
+    dataset.target_embeds = dataset.target_embeds[dataset.target_ids]
+    miner = Miner(dataset, stage2, refresh=1)
+    miner.mine(list(range(24)), count=5, ceiling=2.0)
+    assert miner.mask.all()
+    for own, mined in zip(dataset.target_ids.tolist(), dataset.target_ids[miner.mined].tolist(), strict=True):
+        assert own not in mined and len(set(mined)) == 5
+
+
+def test_mined_negatives_are_the_nearest_wrong_targets(dataset, stage2):
     miner = Miner(dataset, stage2, refresh=1, batch_size=5)
     assert miner.negatives(torch.tensor([0])) == {}
     targets = dataset.target_embeds
