@@ -23,6 +23,13 @@ def test_the_bootstrap_spreads_as_the_clustered_standard_error():
     assert alone.std() < 0.8 * means.std()  # queries of one reference are not independent
 
 
+def test_references_of_many_queries_count_by_their_queries():
+    """Where all queries agree there is nothing to be uncertain of, whichever references are drawn."""
+    clusters = np.repeat(np.arange(20), np.arange(1, 21))
+    means = resampled_means(np.full(len(clusters), 0.3), clusters, np.random.default_rng(0), 500)
+    assert means == pytest.approx(np.full(500, 0.3))
+
+
 def test_seeds_count_as_the_few_that_they_are():
     """Where all queries of a seed agree, the interval is Student's: of five values 2.776 standard errors."""
     values = np.repeat([[-0.2], [0.1], [0.2], [0.3], [0.6]], 50, axis=1)

@@ -39,6 +39,29 @@ def test_injection_reads_the_patches_once_it_has_learned():
     assert not torch.allclose(mapper(images, torch.randn(5, 16, 40)), mapper(images, torch.randn(5, 16, 40)))
 
 
+def test_blocks_add_to_the_words_that_they_are_given():
+    """Those that add nothing hand on what the MLP made, which the way out then adds to itself, normalised."""
+    mapper, images = new(2), torch.randn(5, 24)
+    for block in mapper.blocks:
+        for last in (block.attention.out_proj, block.feed_forward[-1]):
+            torch.nn.init.zeros_(last.weight)
+    torch.nn.init.eye_(mapper.output_projection.weight)
+    plain = mapper.mlp(images * 24**0.5).unflatten(-1, (2, -1))
+    expected = plain + torch.nn.functional.layer_norm(plain, (32,))
+    torch.testing.assert_close(mapper(images, torch.randn(5, 16, 40)), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_dropout_is_before_both_later_layers_of_the_mlp(share):
+    torch.manual_seed(0)
+    mapper, read = PseudoWordMapper(24, 40, 32, 2, 400, 0, 4, share, "gelu", 1.0).train(), []
+    for layer in mapper.mlp:
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(lambda _, inputs: read.append(float((inputs[0] == 0).float().mean())))
+    mapper(torch.randn(20, 24))
+    assert read == pytest.approx([0, share, share], abs=0.05)
+
+
 def test_patches_that_are_missing_are_named():
     with pytest.raises(ValueError, match="patch_states"):
         new(1)(torch.randn(5, 24))

@@ -108,6 +108,21 @@ def test_an_empty_text_moves_no_query_and_several_references_have_no_residual(st
     assert not torch.allclose(ours[0], bare[0])
 
 
+@pytest.mark.parametrize("stage", ["stage0", "stage2"])
+@torch.no_grad()
+def test_of_several_references_their_mean_direction_is_what_weight_moves_to(request, processor, pictures, stage):
+    model = request.getfixturevalue(stage)
+    prompts, plain = processor.compose_contents([[None, "red", None]]), processor(text=["red"])
+    inputs = {k: v for k, v in prompts.items() if k != "attention_mask"}
+    inputs |= {"modification_ids": plain["input_ids"], "modification_mask": plain["attention_mask"]}
+    inputs |= {"pixel_values": processor(images=pictures[:2])["pixel_values"], "image_counts": [2]}
+    first, second = model.encode_image(inputs["pixel_values"])[0]
+    assert first @ second < 0.99
+    mean = torch.nn.functional.normalize(first + second, dim=-1)[None]
+    start = model.get_composed_features(**inputs, weight=0)
+    torch.testing.assert_close(model.get_composed_features(**inputs, weight=-0.4), slerp(start, mean, 0.4))
+
+
 def test_slerp_keeps_length_and_angle():
     a, b = torch.tensor([[1.0, 0]]), torch.tensor([[0, 1.0]])
     torch.testing.assert_close(slerp(a, b, 1 / 3), torch.tensor([[3**0.5 / 2, 0.5]]))

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import synthesize
+import torch
 from caption_pairs import Change, words_of
 from conftest import DATA_DIR, needs_data
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
@@ -131,6 +132,18 @@ def test_filters_by_clip(data, tmp_path, clip_dir, capsys):
     rows = run(data, tmp_path / "d", "--model_name_or_path", clip_dir, *lenient)
     assert len(rows) == 8 and set(rows["kind"]) == {"caption"}
     assert all(row["target_caption"] in row["modification"] for row in rows)
+
+
+def test_a_picture_that_its_caption_does_not_fit_is_neither_reference_nor_target(data, tmp_path, monkeypatch, capsys):
+    images = torch.nn.functional.normalize(torch.ones(6, 6) + torch.eye(6), dim=-1)
+    texts = images.clone()
+    texts[4] = -images[4]
+    monkeypatch.setattr(synthesize, "embeddings_of", lambda rows, args: (images, texts))
+    flags = ["--model_name_or_path", "clip", "--min_caption_gain", -2, "--max_image_similarity", 1.1]
+    rows = run(data, tmp_path / "out", *flags, "--num_triplets", 60)
+    assert set(rows["reference_id"]) == set(rows["target_id"]) == {"0", "1", "2", "3", "5"}
+    report = json.loads(capsys.readouterr().out.split("\nwritten")[0])
+    assert report["dropped"]["caption does not fit its picture"] == 10  # of all pairs of six
 
 
 def test_limits_of_the_other_kind_of_pairs_are_refused(data, tmp_path, clip_dir, capsys):
