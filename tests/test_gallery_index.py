@@ -33,6 +33,18 @@ def test_a_faiss_index_tells_its_recall_and_follows_the_gallery(make_gallery, pi
         gallery.build_index("IVF4096,PQ8")
 
 
+@pytest.mark.parametrize("aside", [{"exact": True}, {"where": {"kind": "even"}}])
+def test_searches_among_conditions_and_exact_ones_leave_an_index_aside(make_gallery, picture_folder, aside):
+    pytest.importorskip("faiss")
+    rows = [f"{path.relative_to(picture_folder)},even" for path in sorted(picture_folder.rglob("*.png"))]
+    (picture_folder / "metadata.csv").write_text("\n".join(["file_name,kind", *rows]), "utf-8")
+    gallery, query = make_gallery(dtype="float32"), torch.nn.functional.normalize(torch.ones(1, 24), dim=-1)
+    expected = gallery.search(query, 3)
+    gallery.build_index("Flat")
+    gallery._search_index = lambda index, queries, k, wanted: (torch.zeros(1, k), torch.zeros(1, k).long())
+    assert gallery.search(query, 3)[0][0]["score"] == 0 and gallery.search(query, 3, **aside) == expected
+
+
 def test_an_index_that_is_lost_is_done_without(make_gallery, tmp_path):
     pytest.importorskip("faiss")
     gallery = make_gallery()

@@ -80,6 +80,7 @@ def test_unreadable_files_are_named_and_nothing_is_lost(make_gallery, picture_fo
     (picture_folder / "0.png").write_bytes(b"broken now")
     report = gallery.add(picture_folder, stage2, processor, progress=False)
     assert "0.png" not in gallery.ids and "0.png" in [bad["id"] for bad in report.unreadable]
+    assert (report.added, report.changed, report.unchanged, report.removed) == (0, 0, 5, 1)
     noise(3).save(picture_folder / "empty.png")
     assert gallery.add(picture_folder, stage2, processor, progress=False).added == 1
     assert {bad["id"] for bad in gallery.unreadable} == {"broken.jpg", "0.png"}

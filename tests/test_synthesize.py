@@ -48,6 +48,10 @@ def test_edits_are_told_by_template():
     assert len(texts) == len(synthesize.TEMPLATES["replace"])
     text, kind = synthesize.template_modification(words_of(CAPTIONS[4]), words_of(CAPTIONS[0]), rng)
     assert kind == "remove" and text.endswith("dots")
+    text, kind = synthesize.template_modification(
+        words_of("a red star on dots"), words_of("a blue star on rings"), rng
+    )
+    assert kind == "replace+replace" and all(word in text for word in ("red", "blue", "dots", "rings", " and "))
     text, kind = synthesize.template_modification(["a"], words_of("two dogs run"), rng, max_changes=0)
     assert kind == "caption" and "two dogs run" in text
 
@@ -167,11 +171,12 @@ def test_flags_that_would_do_nothing_are_refused(data, tmp_path, capsys):
 
 def test_texts_written_by_a_language_model(data, tmp_path, server, capsys):  # noqa: F811
     server.script = ["no", GOOD]
-    flags = ["--quality", "high", "--language_model", "m", "--endpoint", server.url, "--prompt_price", 2]
+    flags = ["--quality", "high", "--language_model", "m", "--endpoint", server.url]
+    flags += ["--prompt_price", 2, "--completion_price", 3]
     rows = run(data, tmp_path / "out", *flags, "--workers", 1)
     report = json.loads(capsys.readouterr().out.split("\nwritten")[0])
     assert set(rows["modification"]) == {"make it red"} and set(rows["quality"]) == {"high"}
-    assert report["writing"]["written"] == 6 and report["writing"]["cost"] == pytest.approx(7 * 50 * 2 / 1e6)
+    assert report["writing"]["written"] == 6 and report["writing"]["cost"] == pytest.approx(7 * (50 * 2 + 9 * 3) / 1e6)
     asked = len(server.requests)
     shutil.rmtree(tmp_path / "out" / "data")  # as if interrupted before the triplets were written
     run(data, tmp_path / "out", *flags)
@@ -229,6 +234,16 @@ def test_a_picture_is_never_paired_with_itself(data, tmp_path):
             for side in ("reference", "target"):
                 shown.setdefault(row[f"{side}_id"], set()).add(row[side].tobytes())
         assert len(shown) == 6 and all(len(pictures) == 1 for pictures in shown.values()) and "None" not in shown
+
+
+def test_a_reference_has_no_text_twice(data, tmp_path, server, capsys):  # noqa: F811
+    """As a query of it would have two targets, each of which is the other's negative."""
+    server.script = [GOOD]
+    flags = ["--quality", "high", "--language_model", "m", "--endpoint", server.url]
+    rows = run(data, tmp_path / "out", *flags, "--min_similarity", 0.01, "--num_triplets", 30)
+    assert len(rows) == len(set(rows["reference_id"]))
+    report = json.loads(capsys.readouterr().out.split("\nwritten")[0])
+    assert report["dropped"]["the same reference and text"] == report["pairs"] - len(rows) > 0
 
 
 def test_pairs_go_on_until_there_are_enough(data, tmp_path, server, capsys):  # noqa: F811
