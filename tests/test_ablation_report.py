@@ -11,7 +11,7 @@ import yaml
 from ablation_data import MET, NEW_KIND, NOVELTIES
 from ablation_grid import MEASURES
 from ablation_measures import write_table
-from ablation_report import report, summarise
+from ablation_report import collect, report, summarise
 from conftest import ROOT
 from test_ablation import GRID
 
@@ -44,6 +44,19 @@ def test_the_report_tells_effects_as_they_are(tmp_path):
     assert "of 75, 75, 75, 75 queries" in text and "| other | " in text
     assert "| stage II helps | +" in text and "300 (R@1)" in text
     assert (tmp_path / "effects.png").stat().st_size > 5000
+
+
+def test_what_is_new_in_a_query_is_told_by_its_own_world(tmp_path, monkeypatch):
+    """Worlds in the order of their queries, whatever their names."""
+    of_worlds = {"test-2": [MET, NEW_KIND], "test-1": [NEW_KIND, NEW_KIND, MET]}
+    monkeypatch.setattr(ablation_report, "novelties", of_worlds.get)
+    clusters = [f"{world} {i}" for world, new in of_worlds.items() for i in range(len(new))]
+    write_table(pd.DataFrame({"split": "test", "benchmark": "cirr", "cluster": clusters}), tmp_path / "q.parquet")
+    values = {"split": "test", "metric": "cirr_recall_at_1", "value": np.arange(5.0)}
+    write_table(pd.DataFrame(values), tmp_path / "run.parquet")
+    table = collect({("run", 0): tmp_path / "run.parquet"}, tmp_path / "q.parquet", "test")
+    assert table["novelty"].tolist() == [MET, NEW_KIND, NEW_KIND, NEW_KIND, MET]
+    assert table["cluster"].tolist() == clusters and table["value"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_reports_of_several_grids_are_gathered(tmp_path, monkeypatch, capsys):

@@ -215,6 +215,7 @@ def test_broken_submissions_are_refused():
     for broken, message in (
         (good | {"metric": "recall@1"}, '"metric"'),
         (good | {"1": names[:49]}, "query 1 has 49 pictures, not 50"),
+        (good | {"1": names[:51]}, "query 1 has 51 pictures, not 50"),
         (good | {"1": names[:49] + names[:1]}, "query 1 names a picture more than once"),
         (good | {"1": [*names[:49], "dev-7"]}, r"query 1 names \['dev-7'\], not in the gallery"),
         ({k: v for k, v in good.items() if k != "2"}, r"1 queries are missing, first \['2'\]"),

@@ -23,6 +23,14 @@ def test_the_bootstrap_spreads_as_the_clustered_standard_error():
     assert alone.std() < 0.8 * means.std()  # queries of one reference are not independent
 
 
+def test_of_few_references_the_standard_error_is_that_of_their_means():
+    values = np.random.default_rng(0).normal(size=(4, 5))
+    mean, error = mean_and_standard_error(values.ravel(), np.repeat(list("abcd"), 5))
+    assert mean == pytest.approx(values.mean())
+    assert error == pytest.approx(values.mean(1).std(ddof=1) / 4**0.5)
+    assert np.isnan(mean_and_standard_error(values[0], ["a"] * 5)[1])  # of one nothing is known
+
+
 def test_references_of_many_queries_count_by_their_queries():
     """Where all queries agree there is nothing to be uncertain of, whichever references are drawn."""
     clusters = np.repeat(np.arange(20), np.arange(1, 21))

@@ -28,7 +28,7 @@ class Given(torch.nn.Module):
 
 def test_ranks_among_targets_and_references_of_others():
     """Three queries on a circle: the first finds its target, for the second another's reference is nearer."""
-    angles = torch.deg2rad(torch.tensor([[0.0, 5, 0], [90, 100, 180], [200, 250, 260]]))  # query, target, reference
+    angles = torch.deg2rad(torch.tensor([[0.0, 5, 0], [90, 100, 180], [200, 250, 210]]))  # query, target, reference
     points = torch.stack([angles.cos(), angles.sin()], dim=-1)
     points[1, 2] = points[2, 0]  # 200 degrees
     points[0, 2] = F.normalize(torch.tensor([[-0.1, 1.0]]))[0]  # near the second query
