@@ -89,6 +89,30 @@ def test_training_lowers_the_loss(launch, clip_dir, tmp_path, capfd):
         assert name in lines[0]
 
 
+def test_weights_decay_and_biases_do_not(launch, clip_dir, tmp_path):
+    flags = ["--max_steps", 1, "--learning_rate", 0.01, "--warmup_steps", 0, "--weight_decay"]
+    kept, decayed = (launch(stage1_script, clip_dir, tmp_path / str(share), *flags, share) for share in (0, 0.5))
+    changed = {name for name in kept if not torch.equal(kept[name], decayed[name])}
+    assert changed == {name for name in kept if kept[name].ndim > 1} - {"mapper.output_projection.weight"}  # zeros
+    name = "mapper.mlp.0.weight"
+    assert decayed[name].norm() == pytest.approx(kept[name].norm().item() * (1 - 0.01 * 0.5), rel=1e-3)
+
+
+def test_gradients_are_clipped_where_they_are_longer_than_told(launch, clip_dir, tmp_path):
+    flags = ["--max_steps", 3, "--max_grad_norm"]
+    never, seldom, always = (launch(stage1_script, clip_dir, tmp_path / str(x), *flags, x) for x in (0, 1e9, 1e-6))
+    assert same(never, seldom) and not same(never, always)
+
+
+def test_dropout_is_another_in_every_batch_of_a_step(launch, clip_dir, tmp_path, monkeypatch):
+    seeds, real = [], loop.backward
+    monkeypatch.setattr(loop, "backward", lambda *given: seeds.append(given[-1]) or real(*given))
+    flags = ["--max_steps", 3, "--gradient_accumulation_steps", 2]
+    launch(stage1_script, clip_dir, tmp_path / "a", *flags)
+    launch(stage1_script, clip_dir, tmp_path / "b", *flags, "--seed", 1)
+    assert len(seeds) == len(set(seeds)) == 12
+
+
 def test_a_loss_that_is_no_number_ends_a_run_and_keeps_what_was_good(launch, clip_dir, tmp_path):
     flags = ["--learning_rate", 1e9, "--max_steps", 9, "--warmup_steps", 3, "--save_steps", 1]
     flags += ["--lr_scheduler_type", "constant_with_warmup", "--max_grad_norm", 0]

@@ -66,6 +66,30 @@ def test_triplets_are_embedded_once_for_several_runs(launch, stage1_folder, tmp_
     assert embedded[4:] == ["embed_references"] and not same(of_other, tensors[0])
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_features_of_another_precision_are_not_taken(launch, clip_dir, stage1_folder, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr("gradients.bf16_is_fast", lambda device: True)
+    script, start = {1: (stage1_script, clip_dir), 2: (stage2_script, stage1_folder)}[stage]
+    flags, cache = ["--max_steps", 1, "--feature_cache_dir", tmp_path / "cache"], tmp_path / "cache"
+    launch(script, start, tmp_path / "fp32", *flags)
+    first = set(cache.iterdir())
+    launch(script, start, tmp_path / "bf16", *flags, "--mixed_precision", "bf16")
+    assert len(set(cache.iterdir()) - first) == len(first) > 2
+    launch(script, start, tmp_path / "again", *flags, "--mixed_precision", "bf16")
+    assert len(set(cache.iterdir()) - first) == len(first)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_injection_heads", 2), ("mapper_activation", "relu"), ("mapper_input", "normalized")]
+)
+def test_pseudo_words_are_kept_by_how_the_mapper_computes(stage1, name, value):
+    """Which its weights do not tell."""
+    before = stage2_script.mapper_key(stage1)
+    assert getattr(stage1.config, name) != value
+    setattr(stage1.config, name, value)
+    assert stage2_script.mapper_key(stage1) != before
+
+
 def test_a_picture_that_changed_is_embedded_again(stage1, processor, tmp_path):
     """Triplets may name their pictures by path, and then nothing of the dataset changes with them."""
     files = [tmp_path / f"{number}.png" for number in range(4)]
