@@ -10,7 +10,7 @@ def embeddings(*size, seed=0):
 def test_pairs_equal_all_of_them_written_out():
     ids = [0, 0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 7]
     images, texts = embeddings(8, 6)[ids], embeddings(12, 6, seed=1)
-    found, dropped = told_apart(images, texts, ids, count=24, max_similarity=0.5, min_gain=0.1)
+    found, dropped = told_apart(images, texts, ids, count=20, max_similarity=0.5, min_gain=0.1)
     expected, alike, untold = [], 0, 0
     for i in (ids.index(name) for name in range(8)):
         best = {}

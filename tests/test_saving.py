@@ -308,3 +308,14 @@ def test_damaged_and_hostile_checkpoints(stage2, processor, tmp_path, form):
     with pytest.raises(ValueError, match="safetensors alone"):
         TSCIRModel.from_pretrained(folder)
     assert not marker.exists()
+
+
+def test_where_an_adapter_lies_is_asked_for_as_told_and_its_files_may_be_read_alike(stage2, tmp_path, monkeypatch):
+    stage2.save_adapter(tmp_path / "some/adapter")
+    assert len({path.stat().st_mode for path in (tmp_path / "some/adapter").iterdir()}) == 1
+    asked, real = [], adapters.cached_file
+    monkeypatch.setattr(adapters, "cached_file", lambda *given, **told: asked.append(told) or real(*given, **told))
+    told = {"subfolder": "adapter", "revision": "v2", "token": "t", "cache_dir": str(tmp_path / "cache")}
+    told |= {"local_files_only": True, "force_download": False}
+    stage2.load_adapter(tmp_path / "some", "further", **told)
+    assert asked == [told, told]

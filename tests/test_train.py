@@ -89,6 +89,15 @@ def test_training_lowers_the_loss(launch, clip_dir, tmp_path, capfd):
         assert name in lines[0]
 
 
+def test_a_line_of_the_log_is_the_mean_of_the_steps_since_the_last(launch, clip_dir, tmp_path, capfd):
+    def losses(every: int) -> list[float]:
+        launch(stage1_script, clip_dir, tmp_path / str(every), "--max_steps", 6, "--logging_steps", every)
+        lines = [line.split() for line in capfd.readouterr().err.splitlines() if line.strip().startswith("step ")]
+        return [float(line[line.index("image_loss") + 1]) for line in lines]
+
+    assert losses(3) == pytest.approx(np.reshape(losses(1), (2, 3)).mean(1), rel=0.005)
+
+
 def test_weights_decay_and_biases_do_not(launch, clip_dir, tmp_path):
     flags = ["--max_steps", 1, "--learning_rate", 0.01, "--warmup_steps", 0, "--weight_decay"]
     kept, decayed = (launch(stage1_script, clip_dir, tmp_path / str(share), *flags, share) for share in (0, 0.5))

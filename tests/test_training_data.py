@@ -79,6 +79,26 @@ def test_features_of_another_precision_are_not_taken(launch, clip_dir, stage1_fo
     assert len(set(cache.iterdir()) - first) == len(first)
 
 
+def test_edits_of_one_reference_share_batches_and_are_held_out_together(launch, stage1_folder, tmp_path, monkeypatch):
+    parts, batches = [], []
+    begin, negatives = stage2_script.Stage2Data.__init__, stage2_script.Miner.negatives
+
+    def watched(self, *given):
+        begin(self, *given)
+        parts.append(self.groups)
+
+    def batch(self, rows):
+        batches.append({self.dataset.groups[row] for row in rows.tolist()})
+        return negatives(self, rows)
+
+    monkeypatch.setattr(stage2_script.Stage2Data, "__init__", watched)
+    monkeypatch.setattr(stage2_script.Miner, "negatives", batch)
+    launch(stage2_script, stage1_folder, tmp_path / "a", "--max_steps", 4, "--validation_rows", 5)
+    trained, held_out = parts
+    assert (len(trained), len(held_out)) == (16, 8) and not set(trained) & set(held_out)
+    assert [len(references) for references in batches] == [2] * 4  # in batches of eight, of four edits each
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("num_injection_heads", 2), ("mapper_activation", "relu"), ("mapper_input", "normalized")]
 )
