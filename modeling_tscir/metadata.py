@@ -170,7 +170,8 @@ def as_text(value) -> str | None:
 def merged(old: pd.DataFrame, new: pd.DataFrame, replaced: set[str]) -> pd.DataFrame:
     """`new` and those rows of `old` that it does not replace, without columns that none of them has a value in."""
     kept = old[~old.index.isin(replaced | set(new.index))].dropna(axis="columns", how="all")
-    parts = [part for part in (kept, new) if len(part)]
+    empty = [name for name in new if name in kept and new[name].isna().all()]  # whose kind is the other part's
+    parts = [part for part in (kept, new.drop(columns=empty)) if len(part)]
     return tidy(pd.concat(parts), "metadata") if parts else new.iloc[:0]
 
 
