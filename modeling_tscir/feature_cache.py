@@ -114,10 +114,10 @@ def cached_in_parts(
 ) -> torch.Tensor:
     """As `cached`, of `count` rows, `compute` giving `size` of them at a time: what was done before a run was stopped
     is not done again."""
-    if (features := kept(folder, key)) is not None:
-        return features
     if count <= size:
         return cached(folder, key, lambda: compute(range(count)))
+    if (features := kept(folder, key)) is not None:
+        return features
     parts = {f"{key}-{start}-{size}": range(start, min(start + size, count)) for start in range(0, count, size)}
     features = torch.cat([cached(folder, name, partial(compute, rows)) for name, rows in parts.items()])
     keep(folder, key, features)

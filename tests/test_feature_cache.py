@@ -47,3 +47,10 @@ def test_parts_of_another_size_are_not_put_together(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cached_in_parts(tmp_path, "key", 8, 2, compute)
     assert cached_in_parts(tmp_path, "key", 8, 4, compute).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_that_kept_features_cannot_be_read_is_said_once(tmp_path, caplog, size):
+    (tmp_path / "key.safetensors").write_bytes(b"half of it")
+    features = cached_in_parts(tmp_path, "key", 8, size, lambda rows: torch.arange(rows.start, rows.stop))
+    assert features.tolist() == list(range(8)) and caplog.text.count("cannot be read") == 1
