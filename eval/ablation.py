@@ -225,10 +225,12 @@ def main() -> None:
 
 
 def gather(folder: Path) -> list[dict]:
-    """What every grid in a folder says of its claims on test or final, and of the same on val; figures are shares."""
+    """What every grid in a folder says of its claims, and of the same on val; figures are shares."""
     kept = ("verdict", "effect", "ci_low", "ci_high")
     found = []
-    for path in sorted([*folder.glob("*/test/claims.json"), *folder.glob("*/final/claims.json")]):
+    for path in sorted(
+        path for world in ALL_FURTHER if world != "val" for path in folder.glob(f"*/{world}/claims.json")
+    ):
         before = path.parents[1] / "val" / "claims.json"
         known = {}
         if before.is_file():
@@ -251,7 +253,7 @@ def table_of(claims: list[dict]) -> str:
         effect, low, high = (f"{100 * claim[name]:+.1f}" for name in ("effect", "ci_low", "ci_high"))
         return f"{effect} ({low} to {high}) | {claim['verdict']}"
 
-    lines = ["# Every claim on the test worlds or the final ones, and on val", ""]
+    lines = ["# Every claim on worlds that nothing is chosen by, and on val", ""]
     lines += ["Percentage points with 95% intervals; verdicts are Holm-corrected within each grid and world.", ""]
     lines += ["| grid | claim | effect | verdict | effect on val | verdict on val |", "|---|---|---|---|---|---|"]
     for claim in claims:

@@ -28,8 +28,12 @@ GROUPS = {"val": 300, "test": 600}  # four queries and nine pictures each
 FILLERS = {"val": 300, "test": 600}  # pictures that belong to no group
 FURTHER_GROUPS = FURTHER_FILLERS = 600  # in each further world
 FURTHER = {"val": tuple(f"val-{i}" for i in range(1, 5)), "test": tuple(f"test-{i}" for i in range(1, 5))}
-# What was read before everything was chosen tells of later choices no more: these wait for one last reading.
-ALL_FURTHER = FURTHER | {"final": tuple(f"test-{i}" for i in range(5, 9))}
+# What was read before everything was chosen tells of later choices no more: nothing is ever chosen by these. The final
+# table alone reads the last ones.
+ALL_FURTHER = FURTHER | {
+    "final": tuple(f"test-{i}" for i in range(5, 9)),
+    "last": tuple(f"test-{i}" for i in range(9, 13)),
+}
 GARMENT_QUERIES = {"val": 200, "test": 400}  # in each of the three categories
 GARMENT_FILLERS = {"val": 300, "test": 600}
 
@@ -86,7 +90,8 @@ def further_scene_worlds() -> dict[str, SceneWorld]:
     knowledge: it has met one in 200 of their scenes of two shapes, and most scenes of one.
     """
     taken = set(reserved_scenes())
-    names = [name for pair in zip(*FURTHER.values(), strict=True) for name in pair] + list(ALL_FURTHER["final"])
+    names = [name for pair in zip(*FURTHER.values(), strict=True) for name in pair]
+    names += [name for split in ALL_FURTHER if split not in FURTHER for name in ALL_FURTHER[split]]
     return {name: draw_scene_world(name, FURTHER_GROUPS, FURTHER_FILLERS, taken) for name in names}
 
 
@@ -118,16 +123,18 @@ def garment_worlds() -> dict[str, GarmentWorld]:
 
 
 def garment_pairs(split: str, per_category: int) -> dict[str, tuple[GarmentQuery, ...]]:
-    """Further queries in the galleries of `split`, final's in those of test: random pairs that differ in two
-    attributes, each pair once, and none in two splits."""
-    world = "test" if split == "final" else split
-    known = garment_pairs("test", per_category) if split == "final" else {}
+    """Further queries in the galleries of `split`, final's and last's in those of test: random pairs that differ in
+    two attributes, each pair once, and none in two splits."""
+    world = split if split in FURTHER else "test"
+    splits = list(ALL_FURTHER)
+    earlier = [] if split in FURTHER else splits[splits.index("test") : splits.index(split)]
+    known = [garment_pairs(one, per_category) for one in earlier]
     queries = {}
     for category in CATEGORIES:
         source = garment_worlds()[world]
         garments = [g for query in source.queries[category] for g in query[:2]] + list(source.fillers[category])
         rng = random.Random(f"pairs {split} {category}")
-        before = {query[:2] for query in (*known[category], *source.queries[category])} if known else set()
+        before = {query[:2] for one in (*known, source.queries) for query in one[category]} if known else set()
         drawn: dict[tuple[Garment, Garment], GarmentQuery] = {}
         while len(drawn) < per_category:
             reference, target = rng.sample(garments, 2)

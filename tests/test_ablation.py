@@ -111,7 +111,7 @@ def test_training_data_leave_out_the_worlds_that_a_grid_asks_for(monkeypatch, tm
         ({"stage2": None}, "stage2: names with what each has"),
         ({"seeds": 3}, "seeds is a list of whole numbers, not 3"),
         ({"measure": ["retrieval"]}, "measure is one of"),
-        ({"worlds": ["test-1"]}, r"worlds is a list of val, test, final, not \['test-1'\]"),
+        ({"worlds": ["test-1"]}, r"worlds is a list of val, test, final, last, not \['test-1'\]"),
         ({"worlds": ["final"], "measure": "tasks"}, "worlds other than val, test are for measure retrieval alone"),
     ],
 )

@@ -72,7 +72,7 @@ def test_no_scene_is_in_two_worlds_or_twice_in_one():
 def test_further_worlds_share_no_scene_with_any_other_or_with_the_training_that_leaves_them_out():
     keys = [s.key for groups, fillers in further_scene_worlds().values() for g in groups for s in g.scenes]
     keys += [s.key for _, fillers in further_scene_worlds().values() for s in fillers]
-    assert len({*keys}) == len(keys) == 12 * 6000 and not {*keys} & reserved_scenes()
+    assert len({*keys}) == len(keys) == 16 * 6000 and not {*keys} & reserved_scenes()
     every = tuple(ALL_FURTHER)
     assert reserved_scenes(every) == reserved_scenes() | {*keys}
     assert len(reserved_scenes(("val", "test"))) == len(reserved_scenes()) + 8 * 6000
@@ -88,12 +88,14 @@ def test_lookalikes_differ_in_shapes_and_places_alone_and_are_in_no_world():
         assert len(seen) == 1
 
 
-def test_the_final_garment_queries_are_pairs_that_test_has_not():
+def test_the_final_and_last_garment_queries_are_pairs_that_no_other_has():
     first = {q[:2] for queries in garment_worlds()["test"].queries.values() for q in queries}
-    further = {q[:2] for queries in garment_pairs("test", 300).values() for q in queries}
-    final = {q[:2] for queries in garment_pairs("final", 300).values() for q in queries}
-    assert len(final) == 900 and not final & (first | further)
-    assert {g for pair in final for g in pair} <= {
+    further, final, last = (
+        {q[:2] for queries in garment_pairs(split, 300).values() for q in queries}
+        for split in ("test", "final", "last")
+    )
+    assert len(final) == len(last) == 900 and not final & (first | further) and not last & (first | further | final)
+    assert {g for pair in final | last for g in pair} <= {
         g for c, queries in garment_worlds()["test"].queries.items()
         for g in (*garment_worlds()["test"].fillers[c], *(g for q in queries for g in q[:2]))
     }  # fmt: skip
