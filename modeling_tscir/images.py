@@ -180,6 +180,8 @@ def thumbnail(source: ImageSource, size: int) -> Image.Image:
 
 def to_rgb(image: Image.Image, turned: bool = True) -> Image.Image:
     """An opened picture as RGB, as a viewer would show it, or not `turned` as its EXIF block says."""
+    if 0 in image.size:
+        raise ValueError(f"no pixels: {image.width} x {image.height}")
     if turned:
         image = _upright(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):

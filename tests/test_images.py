@@ -209,6 +209,14 @@ def test_numbers_that_are_none_are_black(tmp_path):
     assert grey[3, 3] == grey[4, 4] == 0 and grey[7, 7] == 255 and 120 < grey.mean() < 130
 
 
+def test_a_picture_without_pixels_is_told(processor, pictures):
+    """As a crop outside of a picture is."""
+    nothing = pictures[0].crop((10, 10, 10, 30))
+    with pytest.raises(ValueError, match="no pixels: 0 x 20"):
+        processor(images=[pictures[0], nothing])
+    assert find_bad_images([pictures[0], nothing], ["a", "b"]) == [("b", "no pixels: 0 x 20")]
+
+
 def test_sixteen_bits_are_seen_through_where_they_say_so(tmp_path):
     values = np.full((8, 8), 30000, dtype=np.uint16)
     values[0, 0] = 5
