@@ -81,7 +81,7 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(os.path.abspath(folder))
-        self._locks = 0
+        self._writer: int | None = None  # the thread that holds the lock
         path = self.folder / "gallery.json"
         try:
             self.info: dict = json.loads(path.read_text(encoding="utf-8"))
@@ -189,8 +189,10 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
             raise GalleryError(f"{folder} is not empty; name a new folder")
-        unneeded = shutil.ignore_patterns(".lock", "*.part", "*.gone", "faiss-*")
+        later = "gallery.json"  # last, so that a copy that is interrupted is no gallery of fewer pictures
+        unneeded = shutil.ignore_patterns(".lock", "*.part", "*.gone", "faiss-*", later)
         shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=unneeded)
+        shutil.copy2(self.folder / later, folder / later)
         copy = Gallery(folder)
         copy.drop_index()
         return copy

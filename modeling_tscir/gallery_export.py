@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from .gallery import DTYPES, FORMAT, Gallery
+from .gallery_writing import write_metadata
 from .metadata import from_arrow, to_arrow
 from .shards import SCHEMA, GalleryError, write_json, write_shard
 
@@ -76,9 +77,9 @@ def from_parquet(path: str | os.PathLike, folder: str | os.PathLike) -> Gallery:
         values = table["embedding"].combine_chunks().flatten().to_numpy().reshape(-1, kept["dimensions"])
         embeds = torch.from_numpy(values.copy()).to(DTYPES[kept["dtype"]])
         write_shard(folder / "shards" / f"{number:06d}", table.select(SCHEMA.names).cast(SCHEMA), embeds)
-    write_json(folder / "gallery.json", {"format": FORMAT, **kept, "tscir_version": __version__})
-    gallery = Gallery(folder)
     others = [name for name in file.schema_arrow.names if name not in (*SCHEMA.names, "embedding")]
     if others:
-        gallery.set_metadata(from_arrow(file.read(["id", *others]), str(path)))
-    return gallery
+        write_metadata(from_arrow(file.read(["id", *others]), str(path)), folder)
+    # Last, so that what is interrupted is no gallery.
+    write_json(folder / "gallery.json", {"format": FORMAT, **kept, "tscir_version": __version__})
+    return Gallery(folder)

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -36,7 +38,7 @@ class WritingMixin:
         Raises:
             GalleryError: if there is one, or the folder cannot be written to.
         """
-        if self._locks:  # by this one already
+        if self._writer == threading.get_ident():  # by this one already
             yield
             return
         try:
@@ -51,7 +53,7 @@ class WritingMixin:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except (BlockingIOError, PermissionError) as error:  # the second is what SMB says
-                    problem = f"{self.folder} is being written by another process; wait for it to end"
+                    problem = f"{self.folder} is being written by another process or thread; wait for it to end"
                     raise GalleryError(problem) from error
                 except OSError as error:  # as some network file systems have no locks
                     logger.warning(
@@ -61,11 +63,11 @@ class WritingMixin:
             self.info = json.loads((self.folder / "gallery.json").read_text(encoding="utf-8"))
             self.clear_indexes()
             self.reload()
-            self._locks += 1
+            self._writer = threading.get_ident()
             try:
                 yield
             finally:
-                self._locks -= 1
+                self._writer = None
 
     def next_shard(self) -> int:
         """A number that no shard has or had."""
@@ -117,13 +119,18 @@ class WritingMixin:
         old = self.metadata[self.rows.of(self.metadata.index) >= 0]  # of others, too, if an interruption left them
         new = old if frame is None else merged(old, frame, replaced)
         new = new[self.rows.of(new.index) >= 0]
-        path = self.folder / "metadata.arrow"
-        if len(new.columns):
-            write_stream(to_arrow(new).add_column(0, "id", pa.array(new.index, pa.string())), path)
-        else:
-            path.unlink(missing_ok=True)
+        write_metadata(new, self.folder)
         self._metadata = None
 
     def set_unreadable(self, unreadable: list[dict[str, str]]) -> None:
         """Keep what the last indexing could not use."""
         write_json(self.folder / "unreadable.json", unreadable)
+
+
+def write_metadata(frame: pd.DataFrame, folder: Path) -> None:
+    """Keep metadata by id in a gallery's folder; no file where there are no columns."""
+    path = folder / "metadata.arrow"
+    if len(frame.columns):
+        write_stream(to_arrow(frame).add_column(0, "id", pa.array(frame.index, pa.string())), path)
+    else:
+        path.unlink(missing_ok=True)
