@@ -44,7 +44,7 @@ class SearchMixin:
         excluded = self.rows.of(list(exclude))
         if (excluded >= 0).any():
             first = first & ~np.isin(self.rows.content, self.rows.content[excluded[excluded >= 0]])
-        queries = queries.float().cpu()
+        queries = queries.detach().float().cpu()
         index = None if exact or where else self._faiss()
         k = min(top_k, int(first.sum()))
         if index is None:

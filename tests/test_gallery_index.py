@@ -33,6 +33,15 @@ def test_a_faiss_index_tells_its_recall_and_follows_the_gallery(make_gallery, pi
         gallery.build_index("IVF4096,PQ8")
 
 
+def test_queries_that_a_gradient_may_flow_through_are_searched_with(make_gallery, stage2, composed):
+    pytest.importorskip("faiss")
+    gallery = make_gallery()
+    gallery.build_index("Flat")
+    queries = stage2.get_composed_features(**composed)
+    assert queries.requires_grad
+    assert gallery.search(queries, 3) == gallery.search(queries.detach(), 3)
+
+
 @pytest.mark.parametrize("aside", [{"exact": True}, {"where": {"kind": "even"}}])
 def test_searches_among_conditions_and_exact_ones_leave_an_index_aside(make_gallery, picture_folder, aside):
     pytest.importorskip("faiss")
