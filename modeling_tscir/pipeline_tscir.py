@@ -255,8 +255,10 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 raise ValueError("residual is for queries of one picture and then a text, of no other order or number")
             if words is not None and not all(inputs["plain"]):
                 plain, config = torch.tensor(inputs["plain"], device=queries.device), self.model.config
+                written = [inputs["has_text"][i] for i in of_kind["composed"]]
                 residual = config.residual * plain if residual is None else residual
-                weight = config.composed_weight * plain if weight is None else weight
+                leaning = config.composed_weight * (plain & torch.tensor(written, device=queries.device))
+                weight = leaning if weight is None else weight
             queries[of_kind["composed"]] = self.model.get_composed_features(
                 **inputs["prompts"],
                 modification_ids=inputs["texts"]["input_ids"][of_kind["composed"]],

@@ -139,6 +139,10 @@ class QueryMixin:
             )
         return ends.int().argmax(-1)
 
+    def _written(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which texts [B, 1] are not empty; in empty ones EOS comes second."""
+        return (self._first_eos(input_ids) > 1)[:, None]
+
     def get_composed_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -198,7 +202,7 @@ class QueryMixin:
         if input_ids is None or pseudo_mask is None:
             raise ValueError("input_ids and pseudo_mask are needed; TSCIRProcessor(images=..., text=...) makes both")
         single = torch.tensor([n == 1 for n in image_counts or [1] * len(input_ids)], device=input_ids.device)
-        lean = self.config.composed_weight if weight is None else weight
+        untold, lean = weight is None, self.config.composed_weight if weight is None else weight
         signs = (lean < 0, lean > 0, lean == 1)
         to_image, to_text, text_alone = (bool(x.any()) if isinstance(x, torch.Tensor) else x for x in signs)
         residual = per_query(residual, self.config.residual, single, self.dtype)
@@ -215,9 +219,12 @@ class QueryMixin:
             if residual is not None:
                 query = F.normalize(query + residual * (image_embeds - alone), dim=-1)
         if to_image:
-            query = slerp(query, image_embeds, -weight).where(weight < 0, query)
+            moved = weight < 0
+            if untold and modification_ids is not None:
+                moved = moved & self._written(modification_ids)
+            query = slerp(query, image_embeds, -weight).where(moved, query)
         if to_text:
-            moved = (weight > 0) & (self._first_eos(modification_ids) > 1)[:, None]  # EOS comes second in empty texts
+            moved = (weight > 0) & self._written(modification_ids)
             query = slerp(query, rest[0], weight).where(moved, query)
             if text_alone:  # nothing is composed, and it goes CLIP's own way
                 plain = F.normalize(self.get_text_features(modification_ids, modification_mask), dim=-1)

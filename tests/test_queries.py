@@ -134,3 +134,13 @@ def test_missing_inputs_are_named(stage0, stage1, processor, pictures):
         stage1.get_composed_features(input_ids=torch.ones(1, 4).long())
     with pytest.raises(ValueError, match="pseudo_mask"):
         stage1.get_composed_features(pixel_values=processor(images=pictures[0])["pixel_values"])
+
+
+def test_a_models_own_step_towards_the_picture_is_for_queries_with_a_text(stage2, processor, pictures):
+    inputs = processor(images=pictures[:2], text=["", "red"])
+    resting = stage2.get_composed_features(**inputs, weight=0.0)
+    told = stage2.get_composed_features(**inputs, weight=-0.4)
+    stage2.config.composed_weight = -0.4
+    own = stage2.get_composed_features(**inputs)
+    assert torch.allclose(own, torch.stack([resting[0], told[1]]), atol=1e-6)
+    assert not torch.allclose(told[0], resting[0], atol=1e-3)
