@@ -310,7 +310,8 @@ def dataset_pictures(rows, image_column: str):
     if image_column not in rows.column_names:
         raise ValueError(f"the dataset has no column {image_column!r}; its columns are {rows.column_names}")
     try:
-        return rows.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
+        plain = rows.with_format(None)  # of no format or transform, which would show other than what is stored
+        return plain.select_columns([image_column]).cast_column(image_column, ImageFeature(decode=False))
     except (ArrowException, CastError, TypeError) as error:
         found = rows.features[image_column]
         raise ValueError(f"column {image_column!r} of the dataset holds no pictures but {found}") from error

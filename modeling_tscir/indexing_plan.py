@@ -245,7 +245,7 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     """
     if not hasattr(rows, "column_names"):
         raise GalleryError(f"add takes a folder or a datasets.Dataset, not a {type(rows).__name__}")
-    pictures = dataset_pictures(rows, image_column)
+    pictures, rows = dataset_pictures(rows, image_column), rows.with_format(None)
     named = id_column in rows.column_names
     ids = [f"{prefix}{name}" for name in (rows[id_column] if named else range(len(rows)))]
     if len(set(ids)) != len(ids):

@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 def gallery_of(images, image_column: str, id_column: str) -> tuple[Sequence[ImageSource], list[str | int]]:
     """Pictures, fetched when asked for, and an id for each: relative path, given path or URL, or row number."""
     if hasattr(images, "column_names"):
-        pictures = dataset_pictures(images, image_column)
+        pictures, images = dataset_pictures(images, image_column), images.with_format(None)
         ids = list(images[id_column]) if id_column in images.column_names else list(range(len(images)))
         return pictures[image_column], ids
     if isinstance(images, (str, os.PathLike)) and not is_url(images):

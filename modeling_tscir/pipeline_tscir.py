@@ -55,6 +55,10 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 "ComposedImageRetrievalPipeline(model=TSCIRModel.from_clip_pretrained(NAME), "
                 "processor=TSCIRProcessor.from_clip_pretrained(NAME))"
             )
+        if self.processor is None:
+            raise ValueError(
+                "a processor is needed, too: processor=TSCIRProcessor.from_pretrained(the model's folder)"
+            )
         self.gallery_embeds: torch.Tensor | None = None
         self.gallery_ids: list[str | int] = []
         self.gallery_sources: Sequence[ImageSource] = []
@@ -91,6 +95,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         if hasattr(images, "check"):  # told by what it can do, as this file also runs where gallery.py is not
             images.check(self.model, self.processor)
             self.gallery, self.gallery_embeds = images, None
+            self.gallery_ids, self.gallery_sources, self.bad_images, self._fetched = [], [], [], None
             return self
         check_batch_size(batch_size)
         sources, ids = gallery_of(images, image_column, id_column)
@@ -150,7 +155,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             {**self._forward_params, **forward},
             {**self._postprocess_params, **postprocess},
         )
-        size = batch_size or self._batch_size or 64
+        size = self._batch_size or 64 if batch_size is None else batch_size
         check_batch_size(size)
         results = []
         for start in range(0, len(queries), size):
@@ -170,13 +175,17 @@ class ComposedImageRetrievalPipeline(Pipeline):
         content=None,
         weight: float | None = None,
         residual: float | None = None,
+        adapter: str | None = None,
     ) -> torch.Tensor:
-        """L2-normalised embeddings [Q, D] of queries, fp32, on the CPU; arguments as in a search."""
+        """L2-normalised embeddings [Q, D] of queries, fp32, on the CPU; arguments, and the pipeline's own, as in a
+        search."""
         queries, _ = as_queries(inputs, image, text, content)
         if not queries:
             raise ValueError("there is no query to embed")
-        outputs = self.run_single(queries, {}, {"weight": weight, "residual": residual}, {"embeds_only": True})
-        return outputs.cpu()
+        _, composing, _ = self._sanitize_parameters(weight=weight, residual=residual, adapter=adapter)
+        composing, size = {**self._forward_params, **composing}, self._batch_size or 64
+        parts = [queries[start : start + size] for start in range(0, len(queries), size)]
+        return torch.cat([self.run_single(part, {}, composing, {"embeds_only": True}).cpu() for part in parts])
 
     def _sanitize_parameters(
         self,

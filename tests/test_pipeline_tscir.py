@@ -18,6 +18,7 @@ from modeling_tscir import BadImagesError, ComposedImageRetrievalPipeline, Galle
 @pytest.fixture
 def folder(stage2, processor, tmp_path):
     stage2.save_pretrained(tmp_path / "model", backbone="reference")
+    stage2.save_adapter(tmp_path / "fashion")
     processor.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -64,6 +65,25 @@ def test_every_kind_of_gallery_gives_the_same_ranking(cir, pictures, picture_fol
     assert [r["id"] for r in cir(image=pictures[0], text="red")] == expected
     with pytest.raises(ValueError, match="no column 'image'"):
         cir.index(dataset)
+
+
+@pytest.mark.parametrize("formatted", ["torch", "numpy", "arrow", "transform"])
+def test_a_datasets_format_changes_neither_ids_nor_pictures(cir, stage2, processor, pictures, tmp_path, formatted):
+    features = Features({"image": ImageFeature(), "id": Value("int64"), "price": Value("int64")})
+    rows = Dataset.from_dict({"image": pictures, "id": list(range(10, 16)), "price": [5] * 6}, features=features)
+    shown = rows.with_format(formatted) if formatted != "transform" else rows.with_transform(lambda batch: {"x": [1]})
+    results, wanted = (cir.index(given)(image=pictures[0], text="red", top_k=3) for given in (shown, rows))
+    assert results == wanted and type(results[0]["id"]) is int
+    gallery = Gallery.create(tmp_path / "gallery", stage2, processor)
+    assert gallery.add(shown, stage2, processor, progress=False).added == 6
+    assert gallery.ids == [str(i) for i in range(10, 16)] and gallery.metadata["price"].tolist() == [5] * 6
+
+
+def test_a_gallery_takes_the_place_of_what_was_indexed_before(cir, pictures, make_gallery):
+    cir.index([*pictures, b"none"], on_bad_image="skip")
+    assert cir.bad_images == [("6", "not a picture in any known format")]
+    cir.index(make_gallery())
+    assert cir.bad_images == [] and cir.gallery_ids == [] and cir.gallery_sources == []
 
 
 def test_urls(cir, pictures, picture_folder):
@@ -186,9 +206,15 @@ def test_misuse_is_explained(cir, pictures):
     for odd in ("5", 0, 2.5):
         with pytest.raises(ValueError, match="top_k"):
             cir(text="red", top_k=odd)
-    for call in (lambda: cir(text="red", batch_size=-1), lambda: cir.index(pictures, batch_size=0)):
-        with pytest.raises(ValueError, match="batch_size is how many"):
-            call()
+    for call in (cir, cir.embed):
+        with pytest.raises(ValueError, match="weight must be"):
+            call(text="red", weight=2)
+    for size in (0, -1):
+        for call in (lambda size=size: cir(text="red", batch_size=size), lambda: cir.index(pictures, batch_size=0)):
+            with pytest.raises(ValueError, match="batch_size is how many"):
+                call()
+    with pytest.raises(ValueError, match="processor=TSCIRProcessor"):
+        ComposedImageRetrievalPipeline(model=cir.model)
     with pytest.raises(ValueError, match="content= holds"):
         cir(image=pictures[0], content=[pictures[0], "red"])
     with pytest.raises(ValueError, match="where, exclude and exact need a gallery"):
@@ -280,6 +306,27 @@ def test_queries_of_every_kind_in_one_call(cir, pictures):
             assert [r["score"] for r in one] == pytest.approx([r["score"] for r in other], abs=1e-5)
     embeds = cir.embed(queries)
     assert embeds.shape[0] == 5 and torch.allclose(embeds.norm(dim=-1), torch.ones(5), atol=1e-5)
+    cir.model.config.composed_weight = -0.4
+    queries += [{"image": pictures[1], "text": ""}]
+    alone = torch.cat([cir.embed(query) for query in queries])
+    assert torch.allclose(cir.embed(queries), alone, atol=1e-6)
+
+
+def test_embeddings_are_those_that_a_search_is_made_with(folder, pictures, monkeypatch):
+    query = {"image": pictures[0], "text": "red"}
+    plain = pipeline("composed-image-retrieval", model=folder)
+    leaning = pipeline("composed-image-retrieval", model=folder, weight=0.9, batch_size=2)
+    leaning.model.load_adapter(folder.parent / "fashion", "fashion")
+    for options in ({}, {"weight": -0.5}, {"residual": 0.0}, {"adapter": "fashion"}):
+        ranked = leaning.index(pictures)(query, top_k=6, **options)
+        scores = leaning.embed(query, **options) @ leaning.gallery_embeds.T
+        assert sorted(scores[0].tolist(), reverse=True) == pytest.approx([r["score"] for r in ranked], abs=1e-6)
+    assert torch.allclose(leaning.embed(query), plain.embed(query, weight=0.9), atol=1e-6)
+    with pytest.raises(ValueError, match="no composing adapter 'x'"):
+        plain.embed(query, adapter="x")
+    sizes, run = [], leaning.preprocess
+    monkeypatch.setattr(leaning, "preprocess", lambda queries: sizes.append(len(queries)) or run(queries))
+    assert leaning.embed([query] * 5).shape[0] == 5 and sizes == [2, 2, 1]
 
 
 def test_a_result_is_refined_by_another_text(cir, pictures):
