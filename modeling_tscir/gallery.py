@@ -154,8 +154,13 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
         from .indexing import Processes
 
         def create_if_missing() -> None:
-            if not (Path(folder) / "gallery.json").is_file():
-                cls.create(folder, model, processor, dtype)
+            made = Path(folder) / "gallery.json"
+            if not made.is_file():
+                try:
+                    cls.create(folder, model, processor, dtype)
+                except (GalleryError, FileNotFoundError):
+                    if not made.is_file():  # else another process made it meanwhile
+                        raise
 
         Processes().same(create_if_missing)
         return cls.load(folder, model, processor)
@@ -231,23 +236,21 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
     def reload(self) -> None:
         """Read what the folder holds now."""
         for attempt in range(5):
-            self.shards = newest_shards(self.folder / "shards")
+            shards = newest_shards(self.folder / "shards")
             try:
-                read = [read_shard(path) for path in self.shards]
+                read = [read_shard(path) for path in shards]
                 break
             except GalleryError:
                 # Another process may have replaced a shard since its name was read.
-                if attempt == 4 or all(path.is_dir() for path in self.shards):
+                if attempt == 4 or all(path.is_dir() for path in shards):
                     raise
-        tables, self.embeds = [table for table, _ in read], [embeds for _, embeds in read]
-        for path, (table, embeds) in zip(self.shards, read, strict=True):
+        for path, (table, embeds) in zip(shards, read, strict=True):
             if embeds.shape != (len(table), self.info["dimensions"]):
                 raise GalleryError(f"{path} has {len(table)} rows, but embeddings {tuple(embeds.shape)}; remove it")
-        self.table = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        self.rows = Rows(self.table)
-        self._metadata = None
-        self._index = None
-        self._everything = None
+        table = pa.concat_tables([table for table, _ in read]) if read else SCHEMA.empty_table()
+        rows = Rows(table)  # of many it takes a while, in which other threads search what was there before
+        self.shards, self.embeds, self.table, self.rows = shards, [embeds for _, embeds in read], table, rows
+        self._metadata = self._index = self._everything = None
 
     def __contains__(self, name: str) -> bool:
         return self.row(name) is not None

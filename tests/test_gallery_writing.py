@@ -3,9 +3,51 @@
 import shutil
 import threading
 
+import numpy as np
 import pytest
+from conftest import noise
 
-from modeling_tscir import Gallery, GalleryError, gallery_export
+from modeling_tscir import Gallery, GalleryError, gallery, gallery_export
+
+
+def test_a_search_in_another_thread_sees_pictures_as_they_were_or_as_they_are(
+    make_gallery, stage2, processor, picture_folder, monkeypatch
+):
+    shutil.copy(picture_folder / "2.png", picture_folder / "2 again.png")
+    made = make_gallery()
+    queries, found, rows_of = made.vectors(np.arange(7)), [], gallery.Rows
+
+    def slowly(table):
+        found.append([row[0]["id"] for row in made.search(queries, 1)])  # as while a million names are read
+        return rows_of(table)
+
+    before = [row[0]["id"] for row in made.search(queries, 1)]
+    noise(1).save(picture_folder / "1 more.png")
+    (picture_folder / "0.png").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(gallery, "Rows", slowly)
+        made.add(picture_folder, stage2, processor, progress=False)
+    assert found[0] == found[1] == before and "1 more.png" in made and "0.png" not in made
+
+
+def test_two_that_make_one_gallery_at_once_take_the_same(stage2, processor, picture_folder, tmp_path, monkeypatch):
+    create, folder = Gallery.create, tmp_path / "gallery"
+
+    def after_another(*arguments):
+        create(*arguments)
+        return create(*arguments)
+
+    monkeypatch.setattr(Gallery, "create", after_another)
+    assert len(Gallery.from_folder(picture_folder, folder, stage2, processor, progress=False)) == 6
+    monkeypatch.setattr(Gallery, "create", create)
+    written = gallery.write_json
+
+    def as_another_did(path, content):
+        written(path, content)
+        path.with_name("moved away by it").rename(path)
+
+    monkeypatch.setattr(gallery, "write_json", as_another_did)
+    assert len(Gallery.from_folder(picture_folder, tmp_path / "other", stage2, processor, progress=False)) == 6
 
 
 def test_one_gallery_in_several_threads_has_one_writer_at_a_time(make_gallery, stage2, processor, picture_folder):
