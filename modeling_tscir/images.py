@@ -7,6 +7,7 @@ import io
 import os
 import urllib.parse
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,13 @@ EXTENSIONS = frozenset(
     (
         *(".apng", ".avif", ".bmp", ".dib", ".gif", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm"),
         *(".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
+    )
+)
+# Pictures that phones, cameras and drawing programs write and that are not read.
+NOT_READ = frozenset(
+    (
+        *(".ai", ".arw", ".cr2", ".cr3", ".dng", ".eps", ".heic", ".heif", ".hif", ".jxl", ".nef", ".orf", ".raf"),
+        *(".rw2", ".svg"),
     )
 )
 # Pillow hands these to other programs (Ghostscript, the operating system), or knows that they exist and no more.
@@ -259,7 +267,7 @@ class Selected(Sequence):
 def list_images(folder: str | os.PathLike) -> list[str]:
     """Every file in `folder` and below that its name calls a picture, as sorted relative paths.
 
-    Folders are followed through symbolic links, each once.
+    Folders are followed through symbolic links, each once. Pictures of formats that are not read are told of.
 
     Raises:
         ValueError: if the folder does not exist, one below cannot be read, or there is no picture.
@@ -267,7 +275,7 @@ def list_images(folder: str | os.PathLike) -> list[str]:
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    found, seen = [], set()
+    found, seen, others = [], set(), Counter()
     waiting, linked = [os.fspath(folder)], []
     while waiting or linked:
         place = waiting.pop() if waiting else linked.pop(0)  # links last, so that a folder goes by its own name
@@ -285,11 +293,19 @@ def list_images(folder: str | os.PathLike) -> list[str]:
                 raise ValueError(f"{entry.path} cannot be read: {error.strerror}") from error
             if is_folder:
                 (linked if entry.is_symlink() else waiting).append(entry.path)
-            elif Path(entry.name).suffix.lower() in EXTENSIONS:
+            elif (kind := Path(entry.name).suffix.lower()) in EXTENSIONS:
                 found.append(os.path.relpath(entry.path, root))
+            elif kind in NOT_READ:
+                others[kind] += 1
     found.sort()
+    counts = ", ".join(f"{count} {kind}" for kind, count in others.most_common())
+    left_out = f"pictures that are not read, of formats unknown here, were left out: {counts}" if others else ""
     if not found:
-        raise ValueError(f"{folder} holds no picture ({', '.join(sorted(EXTENSIONS))})")
+        raise ValueError(
+            f"{folder} holds no picture ({', '.join(sorted(EXTENSIONS))})" + (left_out and f"; {left_out}")
+        )
+    if left_out:
+        logger.warning(f"{folder}: {left_out}; store them as JPEG or PNG")
     return found
 
 

@@ -21,11 +21,6 @@ from .ranking import top_k as rank
 logger = logging.get_logger(__name__)
 
 
-def check_batch_size(size: int) -> None:
-    if size < 1:
-        raise ValueError(f"batch_size is how many go into a forward pass, at least 1, not {size}")
-
-
 class ComposedImageRetrievalPipeline(Pipeline):
     """Search a gallery of pictures by a reference picture and a modification text.
 
@@ -74,7 +69,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
     def index(
         self,
         images: str | os.PathLike | Sequence[ImageSource],
-        batch_size: int = 64,
+        batch_size: int | None = None,
         on_bad_image: str = "error",
         image_column: str = "image",
         id_column: str = "id",
@@ -84,7 +79,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         Args:
             images: a folder (searched below, too), a list of paths, URLs or PIL images, a `datasets.Dataset`, or a
                 [`Gallery`], which was embedded before.
-            batch_size (`int`): pictures a forward pass.
+            batch_size (`int`): pictures a forward pass; the pipeline's own, or else 64, unless given.
             on_bad_image (`str`): "error" names every unreadable picture before any is embedded; "skip" goes on without
                 them and lists them in `.bad_images`.
             image_column, id_column (`str`): columns of a `datasets.Dataset`; without an id column rows are numbered.
@@ -97,7 +92,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             self.gallery, self.gallery_embeds = images, None
             self.gallery_ids, self.gallery_sources, self.bad_images, self._fetched = [], [], [], None
             return self
-        check_batch_size(batch_size)
+        batch_size = self._size(batch_size)
         sources, ids = gallery_of(images, image_column, id_column)
         fetched = None
         if isinstance(sources, list) and any(is_url(source) for source in sources):
@@ -136,7 +131,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
             return_images (`bool`): False leaves "image" out, which spares the decoding of what is found.
             where, exclude, exact: of a [`Gallery`]: conditions on its metadata, ids to leave out, and whether to leave
                 its index aside; see [`Gallery.search`].
-            batch_size (`int`): queries a forward pass; 64 unless given.
+            batch_size (`int`): queries a forward pass; the pipeline's own, or else 64, unless given.
 
         Returns:
             For one query a list of {"score", "id", "image"}, best first; for a list of queries a list of these. Scores
@@ -155,12 +150,19 @@ class ComposedImageRetrievalPipeline(Pipeline):
             {**self._forward_params, **forward},
             {**self._postprocess_params, **postprocess},
         )
-        size = self._batch_size or 64 if batch_size is None else batch_size
-        check_batch_size(size)
+        size = self._size(batch_size)
         results = []
         for start in range(0, len(queries), size):
             results += self.run_single(queries[start : start + size], preprocess, forward, postprocess)
         return results[0] if single else results
+
+    def _size(self, given: int | None) -> int:
+        """How many go into a forward pass."""
+        size = self._batch_size if given is None else given
+        size = 64 if size is None else size
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"batch_size is how many go into a forward pass, at least 1, not {size!r}")
+        return size
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """Upload model, processor and card; arguments are those of `TSCIRModel.push_to_hub`."""
@@ -183,7 +185,7 @@ class ComposedImageRetrievalPipeline(Pipeline):
         if not queries:
             raise ValueError("there is no query to embed")
         _, composing, _ = self._sanitize_parameters(weight=weight, residual=residual, adapter=adapter)
-        composing, size = {**self._forward_params, **composing}, self._batch_size or 64
+        composing, size = {**self._forward_params, **composing}, self._size(None)
         parts = [queries[start : start + size] for start in range(0, len(queries), size)]
         return torch.cat([self.run_single(part, {}, composing, {"embeds_only": True}).cpu() for part in parts])
 

@@ -1,4 +1,5 @@
 import io
+import logging
 import os
 import shutil
 import struct
@@ -198,6 +199,19 @@ def test_folders(picture_folder, tmp_path):
         list_images(tmp_path / "gone")
     (picture_folder / "itself").symlink_to("itself")
     with pytest.raises(ValueError, match="itself cannot be read: Too many levels"):
+        list_images(picture_folder)
+
+
+def test_pictures_of_formats_that_are_not_read_are_told(picture_folder, caplog):
+    """As those that phones take."""
+    for name in ("1.HEIC", "2.heic", "below/3.dng", "notes.txt"):
+        (picture_folder / name).write_bytes(b"whatever")
+    with caplog.at_level(logging.WARNING):
+        assert len(list_images(picture_folder)) == 6
+    assert "pictures that are not read, of formats unknown here, were left out: 2 .heic, 1 .dng" in caplog.text
+    for name in picture_folder.rglob("*.png"):
+        name.unlink()
+    with pytest.raises(ValueError, match=r"holds no picture .*left out: 2 \.heic, 1 \.dng"):
         list_images(picture_folder)
 
 

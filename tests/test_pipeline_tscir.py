@@ -327,6 +327,10 @@ def test_embeddings_are_those_that_a_search_is_made_with(folder, pictures, monke
     sizes, run = [], leaning.preprocess
     monkeypatch.setattr(leaning, "preprocess", lambda queries: sizes.append(len(queries)) or run(queries))
     assert leaning.embed([query] * 5).shape[0] == 5 and sizes == [2, 2, 1]
+    read, features = [], leaning.model.get_image_features
+    monkeypatch.setattr(leaning.model, "get_image_features", lambda x: read.append(len(x)) or features(x))
+    assert len(leaning.index(pictures).gallery_ids) == 6 and read == [2, 2, 2]
+    assert len(leaning.index(pictures, batch_size=4).gallery_ids) == 6 and read[3:] == [4, 2]
 
 
 def test_a_result_is_refined_by_another_text(cir, pictures):
