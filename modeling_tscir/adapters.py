@@ -277,7 +277,8 @@ def try_on(text_model: nn.Module, config: LoraConfig, tensors: dict[str, torch.T
     if more:
         raise ValueError(f"{path} changes more than LoRA does ({', '.join(more)}), and the tower is frozen")
     with torch.device("meta"):
-        trial = type(text_model)._from_config(copy.deepcopy(text_model.config))
+        # In the dtype there is, as another would be torch's default for all threads while it is made.
+        trial = type(text_model)._from_config(copy.deepcopy(text_model.config), dtype=torch.get_default_dtype())
     before = {name for name, _ in trial.named_parameters()}
     try:
         # Beside another, as it will be: PEFT does not put all kinds of them together.

@@ -57,7 +57,7 @@ def embed_images(
     model, processor, sources: Sequence[ImageSource], batch_size: int = 64, progress: bool | str = False
 ) -> torch.Tensor:
     """L2-normalised image embeddings [len(sources), D], fp32, on the CPU."""
-    embeds = torch.empty(len(sources), model.config.clip_config.projection_dim)
+    embeds = torch.empty(len(sources), model.config.clip_config.projection_dim, dtype=torch.float32)
     start = 0
     for pixels in tracked(
         image_batches(processor, sources, batch_size, batches_ahead(model)), len(sources), batch_size, progress
@@ -84,7 +84,7 @@ def embed_images_with_patches(
     ):
         image_embeds, patch_states = model.encode_image(pixels.to(model.device, model.dtype))
         if embeds is None:
-            embeds = torch.empty(len(sources), image_embeds.shape[1])
+            embeds = torch.empty(len(sources), image_embeds.shape[1], dtype=torch.float32)
             patches = torch.empty(len(sources), *patch_states.shape[1:], dtype=dtype)
         embeds[start : start + len(pixels)] = image_embeds.float().cpu()
         patches[start : start + len(pixels)] = patch_states.cpu()
@@ -97,7 +97,7 @@ def embed_texts(
     model, processor, texts: Sequence[str], batch_size: int = TEXTS_A_BATCH, progress: bool | str = False
 ) -> torch.Tensor:
     """L2-normalised embeddings [len(texts), D] of plain texts, fp32, on the CPU; like lengths share a batch."""
-    embeds = torch.empty(len(texts), model.config.clip_config.projection_dim)
+    embeds = torch.empty(len(texts), model.config.clip_config.projection_dim, dtype=torch.float32)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     for rows in tqdm(batches, desc=progress or None, disable=not progress, unit="batch"):
@@ -151,7 +151,7 @@ def embed_queries(
     if encoded is None:
         encoded = embed_references(model, processor, Selected(sources, unique), batch_size, progress)
     image_embeds, words = encoded
-    queries = torch.empty(len(texts), image_embeds.shape[1])
+    queries = torch.empty(len(texts), image_embeds.shape[1], dtype=torch.float32)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]

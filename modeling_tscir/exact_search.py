@@ -28,7 +28,7 @@ def search_exactly(
         Scores and rows [Q, k].
     """
     if k == 0 or not len(queries):
-        return torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+        return queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
     found = [best_rows(shards, part, k, wanted) for part in queries.split(QUERIES_AT_A_TIME)]
     scores, rows = zip(*found, strict=True)
     return torch.cat(scores), torch.cat(rows)
@@ -39,11 +39,11 @@ def best_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`search_exactly` for few queries."""
     hidden = None if wanted.all() else torch.from_numpy(~wanted)
-    scores, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
+    scores, rows = queries.new_empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.long)
     # Two buffers for all shards: fresh memory for each would cost as much as the products.
     largest = max(map(len, shards))
-    single = torch.empty(largest, queries.shape[1])
-    block = torch.empty(len(queries), ROWS_AT_A_TIME + largest)
+    single = torch.empty(largest, queries.shape[1], dtype=queries.dtype)
+    block = torch.empty(len(queries), ROWS_AT_A_TIME + largest, dtype=queries.dtype)
     start = end = 0
     for number, embeds in enumerate(shards):
         shard = single[: len(embeds)].copy_(embeds)

@@ -101,7 +101,7 @@ class IndexMixin:
 
     def _search_index(self, index, queries: torch.Tensor, k: int, wanted: np.ndarray):
         """As `search_exactly`, among what the index finds; exactly so for queries that it finds fewer than k for."""
-        scores, rows = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.long)
+        scores, rows = queries.new_empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.long)
         all_found = candidates(index, queries, k, wanted) if k else []
         short = [number for number, found in enumerate(all_found) if len(found) < k]  # its cells hold no more
         if short:

@@ -248,7 +248,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
             self.model.known_adapter(adapter)
         kinds, counts = inputs["kinds"], inputs["image_counts"]
         of_kind = {k: [i for i, kind in enumerate(kinds) if kind == k] for k in ("image", "text", "composed")}
-        queries = torch.empty(len(kinds), self.model.config.clip_config.projection_dim, device=self.model.device)
+        size, device = self.model.config.clip_config.projection_dim, self.model.device
+        queries = torch.empty(len(kinds), size, device=device, dtype=torch.float32)
         if "pixel_values" in inputs:
             embeds, words = self.model.encode_reference(inputs["pixel_values"])
             owners = [kind for kind, count in zip(kinds, counts, strict=True) for _ in range(count)]
@@ -267,8 +268,8 @@ class ComposedImageRetrievalPipeline(Pipeline):
             if words is not None and not all(inputs["plain"]):
                 plain, config = torch.tensor(inputs["plain"], device=queries.device), self.model.config
                 written = [inputs["has_text"][i] for i in of_kind["composed"]]
-                residual = config.residual * plain if residual is None else residual
-                leaning = config.composed_weight * (plain & torch.tensor(written, device=queries.device))
+                residual = config.residual * plain.float() if residual is None else residual
+                leaning = config.composed_weight * (plain & torch.tensor(written, device=queries.device)).float()
                 weight = leaning if weight is None else weight
             queries[of_kind["composed"]] = self.model.get_composed_features(
                 **inputs["prompts"],

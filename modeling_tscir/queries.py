@@ -32,9 +32,9 @@ def per_query(
 ) -> torch.Tensor | None:
     """What is `given`, or else `default` where `single` [B] is True, for each query: [B, 1], or None for nothing."""
     if given is None:
-        given = default * single if default else 0.0
+        given = default * single.float() if default else 0.0
     if not isinstance(given, torch.Tensor):
-        given = torch.full(single.shape, float(given), device=single.device) if given else None
+        given = torch.full(single.shape, float(given), device=single.device, dtype=dtype) if given else None
     return None if given is None else given.to(single.device, dtype)[:, None]
 
 

@@ -1,0 +1,66 @@
+"""Features and searches are in fp32, whatever dtype is torch's default at the moment: another thread that loads a
+model in fp16 changes it for all."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPModel
+
+from modeling_tscir import ComposedImageRetrievalPipeline, TSCIRModel
+from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_queries, embed_texts
+
+
+@pytest.fixture
+def half_by_default():
+    """A switch; the dtype is torch's own again behind the test."""
+    yield lambda: torch.set_default_dtype(torch.float16)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_torchs_default_dtype_changes_no_result(stage2, processor, pictures, make_gallery, half_by_default):
+    cir, gallery = ComposedImageRetrievalPipeline(model=stage2, processor=processor), make_gallery(dtype="float32")
+    queries = [
+        {"image": pictures[0], "text": "red"},
+        {"text": "that"},
+        {"image": pictures[1]},
+        {"content": [pictures[0], "in", pictures[2]]},
+    ]
+
+    def results() -> list:
+        found = [cir.index(place)(queries, return_images=False) for place in (pictures, gallery)]
+        embeds = [
+            embed_images(stage2, processor, pictures),
+            embed_images_with_patches(stage2, processor, pictures)[0],
+            embed_texts(stage2, processor, ["red", "that red"]),
+            embed_queries(stage2, processor, pictures, [0, 1], ["red", "that"]),
+            cir.embed(queries),
+        ]
+        assert {each.dtype for each in embeds} == {torch.float32}
+        scores = [result["score"] for one in found for row in one for result in row]
+        return [each.numpy() for each in embeds] + [np.array(scores)]
+
+    before = results()
+    half_by_default()
+    for now, then in zip(results(), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_an_adapter_that_is_loaded_leaves_torchs_default_dtype_alone(
+    stage2, processor, clip_dir, tmp_path, monkeypatch
+):
+    """As other threads may be searching."""
+    stage2.save_adapter(tmp_path / "adapter")
+    CLIPModel.from_pretrained(clip_dir).half().save_pretrained(tmp_path / "half")
+    model = TSCIRModel.from_clip_pretrained(tmp_path / "half", num_pseudo_words=2)
+    model.add_mapper()
+    model.mapper, model.config.backbone_fingerprint = stage2.mapper, stage2.config.backbone_fingerprint
+    tower, seen = type(model.clip.text_model), []
+    begun = tower.__init__
+
+    def watched(self, *arguments, **options):
+        seen.append(torch.get_default_dtype())
+        begun(self, *arguments, **options)
+
+    monkeypatch.setattr(tower, "__init__", watched)
+    model.load_adapter(tmp_path / "adapter", "fashion")
+    assert seen and set(seen) == {torch.float32}
