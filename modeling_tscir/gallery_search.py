@@ -7,6 +7,7 @@ import torch
 
 from .exact_search import search_exactly
 from .metadata import Where, conditions_of, kinds_of, matching, values_of
+from .ranking import full_precision
 
 
 class SearchMixin:
@@ -47,10 +48,11 @@ class SearchMixin:
         queries = queries.detach().float().cpu()
         index = None if exact or where else self._faiss()
         k = min(top_k, int(first.sum()))
-        if index is None:
-            scores, rows = search_exactly(self.embeds, queries, k, first)
-        else:
-            scores, rows = self._search_index(index, queries, k, first)
+        with full_precision(queries):
+            if index is None:
+                scores, rows = search_exactly(self.embeds, queries, k, first)
+            else:
+                scores, rows = self._search_index(index, queries, k, first)
         return [
             [self._result(score, row, others) for score, row in zip(*found, strict=True)]
             for found in zip(scores.tolist(), rows.tolist(), strict=True)

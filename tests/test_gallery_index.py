@@ -33,6 +33,18 @@ def test_a_faiss_index_tells_its_recall_and_follows_the_gallery(make_gallery, pi
         gallery.build_index("IVF4096,PQ8")
 
 
+@pytest.mark.parametrize("factory", [None, "Flat"])
+def test_scores_are_of_fp32_within_autocast_too(make_gallery, factory):
+    gallery = make_gallery()
+    if factory:
+        pytest.importorskip("faiss")
+        gallery.build_index(factory)
+    queries = torch.nn.functional.normalize(torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), dim=-1)
+    wanted = gallery.search(queries, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gallery.search(queries, 6) == wanted
+
+
 def test_queries_that_a_gradient_may_flow_through_are_searched_with(make_gallery, stage2, composed):
     pytest.importorskip("faiss")
     gallery = make_gallery()
