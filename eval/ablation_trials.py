@@ -10,9 +10,11 @@ and prints each method's best.
 
 import argparse
 import itertools
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,15 @@ import torch.nn.functional as F
 from ablation import Runner
 from ablation_data import clip_folder, make_data, of_seed, plain_clip, settle_clip, triplets_of
 from ablation_grid import slug
-from ablation_measures import RETRIEVAL, embed_worlds, fit_on_triplets, load_trained, pseudo_words, splits_of_worlds
+from ablation_measures import (
+    RETRIEVAL,
+    embed_worlds,
+    fit_on_triplets,
+    load_trained,
+    pseudo_words,
+    reference_patches,
+    splits_of_worlds,
+)
 from harness import embed_pictures, mix, rank
 from splits import Split
 
@@ -171,17 +181,24 @@ def of_combiner(output: Path, learning_rate: float) -> list[dict]:
 
 @torch.no_grad()
 def parts_of(
-    one: Asked, model: TSCIRModel, processor: TSCIRProcessor, batch_size: int = 64
+    one: Asked,
+    model: TSCIRModel,
+    processor: TSCIRProcessor,
+    patches: Callable[[], torch.Tensor] | None = None,
+    batch_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each wording its prompt, its q(x) and its text, [n, D] each, as a composed query is made of them."""
-    words = pseudo_words(model, one.pictures, lambda: None)
-    own = words[torch.tensor(one.split.references)[one.owners]]
+    """Of each wording its prompt, its q(x) and its text, [n, D] each, as a composed query is made of them; `patches`
+    are the distinct references', for a mapper that reads them."""
+    rows = sorted(set(one.split.references))
+    words = pseudo_words(model, one.pictures[torch.tensor(rows)], patches)
+    place = {row: i for i, row in enumerate(rows)}
+    own = words[torch.tensor([place[row] for row in one.split.references])[one.owners]]
     found = []
     for start in range(0, len(own), batch_size):
-        rows = slice(start, start + batch_size)
-        inputs = query_inputs(processor, one.wordings[rows])
+        part = slice(start, start + batch_size)
+        inputs = query_inputs(processor, one.wordings[part])
         ids, mask, plain = (inputs[name] for name in ("input_ids", "pseudo_mask", "modification_ids"))
-        found.append(model.encode_query_parts(ids, mask, own[rows], plain))
+        found.append(model.encode_query_parts(ids, mask, own[part], plain))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
@@ -195,10 +212,10 @@ def composed(one: Asked, parts: tuple[torch.Tensor, ...], residual: float, weigh
 def of_mapper(output: Path, method: str, training: str, prompts: dict) -> list[dict]:
     """A trained mapper's, with these prompts."""
     torch.set_num_threads(1)
-    asked = asked_of_val(output)
+    asked, clip = asked_of_val(output), plain_clip(output)
     model, processor = load_trained(str(folder_of(output, method, training)))
     processor.image_template, processor.prompt_template = prompts["image_template"], prompts["prompt_template"]
-    parts = [parts_of(one, model, processor) for one in asked]
+    parts = [parts_of(one, model, processor, partial(reference_patches, output, clip, one.split)) for one in asked]
     rows = []
     for residual, weight in itertools.product(RESIDUALS, WEIGHTS):
         queries = [composed(*pair, residual, weight) for pair in zip(asked, parts, strict=True)]
@@ -240,8 +257,20 @@ def trials(output: Path, jobs: int) -> pd.DataFrame:
     work += [(of_combiner, (rate,)) for rate in RATES]
     work += [(of_mapper, (*one, prompts)) for one in every for prompts in prompts_of(*one)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        done = [pool.submit(function, output, *arguments) for function, arguments in work]
+        done = [pool.submit(kept, output, function, *arguments) for function, arguments in work]
         return pd.DataFrame([row for one in done for row in one.result()])
+
+
+def kept(output: Path, function: Callable, *arguments) -> list[dict]:
+    """Trials' rows, from the output folder where they are there already."""
+    name = slug(f"{function.__name__} {arguments}")
+    path = output / "trials" / "rows" / f"{name}.json"
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(function(output, *arguments)), encoding="utf-8")
+        part.rename(path)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main() -> None:

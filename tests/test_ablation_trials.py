@@ -15,7 +15,7 @@ from harness import embed_pictures
 from splits import Split
 
 from modeling_tscir import TSCIRModel
-from modeling_tscir.embedding import embed_images
+from modeling_tscir.embedding import embed_images, embed_images_with_patches
 
 
 @pytest.fixture
@@ -25,11 +25,13 @@ def split(pictures):
                  truths=[[1], [2], [0]])  # fmt: skip
 
 
-def test_queries_of_parts_are_those_that_a_grid_evaluates(clip_dir, stage0, processor, pictures, split):
-    mapper = TSCIRModel.from_clip_pretrained(clip_dir, num_pseudo_words=2, num_injection_blocks=0)
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_queries_of_parts_are_those_that_a_grid_evaluates(clip_dir, stage0, processor, pictures, split, blocks):
+    mapper = TSCIRModel.from_clip_pretrained(clip_dir, num_pseudo_words=2, num_injection_blocks=blocks)
     mapper.add_mapper()
     one = ablation_trials.Asked(FASHIONIQ, "val-1", "dress", split, embed_images(stage0, processor, pictures))
-    parts = ablation_trials.parts_of(one, mapper.eval(), processor)
+    patches = embed_images_with_patches(stage0, processor, [pictures[0], pictures[3]])[1]  # references, in order
+    parts = ablation_trials.parts_of(one, mapper.eval(), processor, lambda: patches)
     for residual, weight in ((0, 0), (0.75, 0.2), (1.5, 0), (0, 0.6)):
         told = {"residual": residual, "weight": weight}
         expected = harness.compose("tscir", mapper, processor, split, one.pictures, **told)
@@ -53,22 +55,27 @@ def test_every_share_is_asked_of_val_alone(clip_dir, stage0, processor, split, t
         assert row["mean"] == ablation_trials.figures(asked, [queries])["mean"]
 
 
-def test_the_final_tables_baselines_are_the_best_of_their_trials():
+def test_the_final_table_has_every_method_as_the_best_of_its_trials():
     table = pd.read_csv(ROOT / "eval/ablation/trials.csv")
-    assert table.groupby("method").size().min() > 250
     best = {method: rows.loc[rows["mean"].idxmax()] for method, rows in table.groupby("method")}
+    assert {method: len(rows) for method, rows in table.groupby("method")} == {
+        method: 216 if method == "TSCIR" else 432 for method in best
+    }
     grid = Grid.read(ROOT / "eval/ablation/final_table.yaml")
     for method in ("sum", "slerp"):
         assert grid.runs[method] == {"method": method, "weight": best[method]["weight"]}
     told = {name: best["combiner"][name] for name in ("epochs", "stop_after", "learning_rate")}
     assert grid.runs["combiner"] == {"method": "combiner"} | told
     for method, trainings in ablation_trials.TRAININGS.items():
-        own, run = best[method], grid.runs[f"{method}-style"]
-        assert grid.stage1[run["stage1"]] == trainings[own["training"]]
+        own = best[method]
+        name = method if method == "TSCIR" else f"{method}-style"
+        run, training = grid.queries | grid.runs[name], trainings[own["training"]]
+        assert grid.stage1[run["stage1"]] == {k: v for k, v in training.items() if k != "stage2"}
+        assert grid.stage2 | run.get("stage2", grid.stage2) == training.get("stage2", {})
         assert (run["residual"], run["weight"]) == (own["residual"], own["weight"])
         # As it was trained, or as the script leaves it.
-        trained_in = trainings[own["training"]].get("prompt_template", ablation_trials.WORDS["prompt_template"])
-        assert own["prompt"] == trained_in
+        trained_in = ablation_trials.prompts_of(method, own["training"])[0]
+        assert own["prompt"] == trained_in["prompt_template"]
 
 
 def test_every_baseline_has_the_same_number_of_trials_and_the_method_leaves_room_for_those_before():
@@ -77,3 +84,16 @@ def test_every_baseline_has_the_same_number_of_trials_and_the_method_leaves_room
         asked = sum(len(ablation_trials.prompts_of(method, training)) for training in trainings)
         assert asked * pairs == (216 if method == "TSCIR" else 432), method
     assert len(set(ablation_trials.SHARES)) == len(ablation_trials.RATES) * ablation_trials.EPOCHS == 432
+
+
+def test_trials_that_are_there_are_not_tried_again(tmp_path):
+    (tmp_path / "trials").mkdir()
+    tried = []
+
+    def trial(output, rate):
+        tried.append((output, rate))
+        return [{"rate": rate, "mean": 0.5}]
+
+    for rate in (0.03, 0.003, 0.03):
+        assert ablation_trials.kept(tmp_path, trial, rate) == [{"rate": rate, "mean": 0.5}]
+    assert tried == [(tmp_path, 0.03), (tmp_path, 0.003)]
