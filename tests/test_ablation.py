@@ -17,7 +17,8 @@ from miniature.compare import CLIP
 
 
 GRIDS = ["components", "paper", "queries", "alternatives", "number", "quality", "baselines", "readout", "forgetting",
-         "tasks", "choices", "second_clip", "final_table", "final_defaults", "final_triplets", "final_number"]  # fmt: skip
+         "tasks", "choices", "second_clip", "final_table", "final_defaults", "final_triplets",
+         "final_number"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GRIDS)
