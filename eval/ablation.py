@@ -253,7 +253,7 @@ def table_of(claims: list[dict]) -> str:
         effect, low, high = (f"{100 * claim[name]:+.1f}" for name in ("effect", "ci_low", "ci_high"))
         return f"{effect} ({low} to {high}) | {claim['verdict']}"
 
-    lines = ["# Every claim on worlds that nothing is chosen by, and on val", ""]
+    lines = ["# Every claim on the test, final or last worlds, and on val", ""]
     lines += ["Percentage points with 95% intervals; verdicts are Holm-corrected within each grid and world.", ""]
     lines += ["| grid | claim | effect | verdict | effect on val | verdict on val |", "|---|---|---|---|---|---|"]
     for claim in claims:

@@ -54,7 +54,7 @@ class Measure:
 
 
 def splits_of_worlds(output: Path):
-    """Of each further world that is there: val, test or final, world, benchmark, arguments and splits."""
+    """Of each further world that is there: its split, world, benchmark, arguments and splits of the benchmark."""
     for split, worlds in ALL_FURTHER.items():
         for world in worlds:
             for folder, benchmark in BENCHMARKS.items():

@@ -9,6 +9,7 @@ and prints each method's best.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -240,7 +241,6 @@ def trials(output: Path, jobs: int) -> pd.DataFrame:
     """Every trial, a row each; trains what is not there."""
     runner = Runner(output, output / "trials", jobs, [])
     every = [(method, training) for method, trainings in TRAININGS.items() for training in trainings]
-
     clip, data = clip_folder(output), of_seed(output, 0) / "captions"
 
     def train(one: tuple[str, str]) -> None:
@@ -262,8 +262,9 @@ def trials(output: Path, jobs: int) -> pd.DataFrame:
 
 
 def kept(output: Path, function: Callable, *arguments) -> list[dict]:
-    """Trials' rows, from the output folder where they are there already."""
-    name = slug(f"{function.__name__} {arguments}")
+    """Trials' rows, from the output folder where the same were tried already."""
+    asked = repr((arguments, SHARES, RESIDUALS, WEIGHTS, EPOCHS))
+    name = slug(f"{function.__name__} {arguments[:2]} {hashlib.sha256(asked.encode()).hexdigest()[:8]}")
     path = output / "trials" / "rows" / f"{name}.json"
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)

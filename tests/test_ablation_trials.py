@@ -87,7 +87,7 @@ def test_every_baseline_has_the_same_number_of_trials_and_the_method_leaves_room
     assert len(set(ablation_trials.SHARES)) == len(ablation_trials.RATES) * ablation_trials.EPOCHS == 432
 
 
-def test_trials_that_are_there_are_not_tried_again(tmp_path):
+def test_trials_that_are_there_are_not_tried_again_unless_others_are_asked_for(tmp_path, monkeypatch):
     (tmp_path / "trials").mkdir()
     tried = []
 
@@ -98,3 +98,6 @@ def test_trials_that_are_there_are_not_tried_again(tmp_path):
     for rate in (0.03, 0.003, 0.03):
         assert ablation_trials.kept(tmp_path, trial, rate) == [{"rate": rate, "mean": 0.5}]
     assert tried == [(tmp_path, 0.03), (tmp_path, 0.003)]
+    monkeypatch.setattr(ablation_trials, "EPOCHS", 64)
+    ablation_trials.kept(tmp_path, trial, 0.03)
+    assert len(tried) == 3
