@@ -127,7 +127,7 @@ def test_the_report_holds_what_was_measured(tmp_path):
     figures |= {"works": [line], "curves": [], "imports": {"seconds": {"ours": 1}, "ratio": ratio}}
     figures["imports"]["peak_gib"] = {"ours": 0.4, "limit": 0.3}
     names = ("fp32_difference", "bf16_least_cosine", "least_cosine_pictures", "least_cosine_queries", "same_ten",
-             "same_ten_rounded", "same_one", "queries", "pictures")  # fmt: skip
+             "same_ten_fp16", "same_ten_products", "same_one", "queries", "pictures")  # fmt: skip
     figures["precision"] = dict.fromkeys(names, 0.25)
     points = [
         {"curve": next(iter(CURVES)), "way": "ours", "size": s, "seconds": [1.0] * 3, "peak_gib": 1} for s in (1, 9)

@@ -142,8 +142,9 @@ def sections(figures: dict) -> list[str]:
         f"queries of its val world among {p['pictures']:,} pictures with near-duplicates: in bf16 the least",
         f"cosine is {p['least_cosine_pictures']:.5f} of pictures and {p['least_cosine_queries']:.5f} of",
         f"queries; {100 * p['same_ten']:.1f}% of the queries have the same ten pictures first,",
-        f"{100 * p['same_one']:.1f}% the same one. Weights that are rounded to bf16, all computed in fp32, leave",
-        f"{100 * p['same_ten_rounded']:.1f}% with the same ten.\n",
+        f"{100 * p['same_one']:.1f}% the same one. In fp16 {100 * p['same_ten_fp16']:.1f}% have the same ten; where",
+        "nothing is rounded to bf16 but weights and inputs of the layers' matrix products,",
+        f"{100 * p['same_ten_products']:.1f}%.\n",
     ]
     if figures["curves"]:
         lines += growth(figures["curves"])
