@@ -77,6 +77,7 @@ def test_loss_and_gradients_of_two_processes_are_those_of_one(stage1, processor,
         for found in (gradient, two[name]):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
     assert all(any(g.abs().max() > 1e-3 for n, g in one.items() if n.startswith(stage)) for stage in ("1", "2"))
+    assert 0 < one["mined_dropped"] < 8 * 4  # and so are these, of all processes
 
 
 def test_frozen_features_are_computed_once_by_two_processes(stage1, processor, tmp_path):

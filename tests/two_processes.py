@@ -1,4 +1,5 @@
-"""Run by torchrun in a test: loss and gradients of both stages with the batch split over processes."""
+"""Run by torchrun in a test: loss and gradients of both stages, and what mining drops, with the batch split over
+processes."""
 
 import sys
 from pathlib import Path
@@ -14,6 +15,17 @@ from stage2 import Stage2Objective
 from modeling_tscir import TSCIRModel, TSCIRProcessor
 
 
+class Targets:
+    """Rows as `Stage2Data` has them."""
+
+    def __init__(self, rows: dict[str, torch.Tensor]):
+        self.columns = rows
+        self.target_embeds, self.target_ids = rows["target_embeds"], rows["target_ids"]
+
+    def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        return {name: tensor[rows] for name, tensor in self.columns.items()}
+
+
 def main(folder: Path) -> None:
     accelerator = Accelerator(cpu=True)
     data = torch.load(folder / "batches.pt", weights_only=True)
@@ -25,8 +37,7 @@ def main(folder: Path) -> None:
         if stage == 1:
             objective = Stage1Objective(model, processor)
         else:
-            dataset = type("Targets", (), {"target_embeds": data["2"]["target_embeds"]})
-            miner = Miner(dataset, model, refresh=1)
+            miner = Miner(Targets(data["2"]), model, refresh=1)
             miner.rows, miner.mined, miner.mask = data["2"]["rows"], data["mined"], data["mask"]
             objective = Stage2Objective(model, miner)
         objective = accelerator.prepare(objective)
@@ -38,6 +49,8 @@ def main(folder: Path) -> None:
             found |= {f"{stage} chunk {chunk} {name}": p.grad.clone() for name, p in trained.items()}
             found[f"{stage} chunk {chunk} loss"] = terms["loss"].detach().reshape(1)
             objective.zero_grad()
+    counted = miner.mine(list(range(8))[rows], count=2, ceiling=0.1)
+    found |= {name: torch.tensor([value]) for name, value in counted.items()}
     if accelerator.is_main_process:
         save_file(found, folder / f"gradients-{accelerator.num_processes}.safetensors")
 

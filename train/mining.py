@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, reduce
 
 from modeling_tscir import TSCIRModel
 from modeling_tscir.ranking import full_precision, top_k
@@ -39,7 +39,7 @@ class Miner:
         return config.mined_negative_weight > 0 and config.num_mined_negatives > 0
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Mine if it is time to; how many of the nearest targets the ceiling dropped, and their share."""
+        """Mine if it is time to. Gives how many of the nearest targets the ceiling dropped, in all processes."""
         config = self.model.config
         if self.wanted and step and step % self.refresh == 0:
             rows = self.rows_ahead(step, self.refresh)
@@ -76,6 +76,8 @@ class Miner:
             mask.append(~close.gather(1, order).cpu())
         self.rows, self.mined, self.mask = torch.tensor(rows), torch.cat(mined).clone(), torch.cat(mask).clone()
         model.train(was_training)
+        counts = torch.tensor([dropped, considered], device=model.device)
+        dropped, considered = reduce(counts, "sum").tolist()  # over all processes
         return {"mined_dropped": float(dropped), "mined_dropped_share": dropped / max(1, considered)}
 
     def negatives(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
