@@ -57,7 +57,8 @@ class Ranked(NamedTuple):
 
 
 def without_pictures(split: Split, lost: set[str]) -> Split:
-    """The split without some pictures, by name, and without the queries whose reference or target they are."""
+    """The split without some pictures, by name, and without the queries whose reference or target they are, or all the
+    wrong ones of whose own short list, in which the target would always come first."""
     kept = [i for i, name in enumerate(split.image_ids) if name not in lost]
     new = {old: i for i, old in enumerate(kept)}
     truths, candidates = (
@@ -67,7 +68,9 @@ def without_pictures(split: Split, lost: set[str]) -> Split:
     whole = [
         q
         for q, reference in enumerate(split.references)
-        if reference in new and (split.truths is None or split.truths[q][0] in new)
+        if reference in new
+        and (split.truths is None or split.truths[q][0] in new)
+        and (split.truths is None or split.candidates is None or set(candidates[q]) - set(truths[q]))
     ]
     smaller = replace(
         split,

@@ -116,6 +116,14 @@ def test_where_the_target_stands_in_the_list_does_not_matter():
     assert {k: v for k, v in recalls(0).items() if "object" in k} == pytest.approx(expected)
 
 
+def test_a_query_that_skipping_leaves_nothing_wrong_is_skipped_too(folder, run_script, model_dir):
+    for number in (3, 4, 5):  # all of the first query's but its target, and all but one of the second's
+        (folder / f"val2017/{number:012d}.jpg").write_bytes(b"")
+    flags = ["--model_name_or_path", model_dir, "--data_dir", folder, "--on_bad_image", "skip"]
+    results, _ = run_script(genecis.GENECIS, *flags)
+    assert results["genecis_num_queries"] == 6 and results["skipped_queries"] == 2
+
+
 def test_a_picture_that_cannot_be_cut_out_is_named_or_skipped(folder, run_script, model_dir):
     (folder / "VG_100K_all/6.jpg").write_bytes(b"")
     flags = ["--model_name_or_path", model_dir, "--data_dir", folder]
