@@ -17,6 +17,7 @@ from modeling_tscir.images import (
     load_image,
     middle,
     pad_to_aspect_ratio,
+    to_rgb,
 )
 
 
@@ -47,6 +48,15 @@ def test_greyscale_palette_and_rgba_look_as_they_do_to_a_person(picture):
     assert far(load_image(encoded(picture.convert("RGBA"), "png")), picture) == 0
     assert far(load_image(encoded(picture.convert("1"), "png")), picture.convert("1").convert("RGB")) == 0
     assert far(load_image(encoded(picture.convert("LA"), "png")), picture.convert("L").convert("RGB")) == 0
+
+
+def test_premultiplied_transparency_is_over_white_too(picture):
+    clear = picture.convert("RGBA")
+    clear.putalpha(128)
+    grey = picture.convert("L").convert("LA")
+    grey.putalpha(128)
+    for given, plain in ((clear.convert("RGBa"), clear), (grey.convert("La"), grey)):
+        assert far(to_rgb(given), to_rgb(plain)) < 1
 
 
 def test_transparency_is_over_white(picture):
