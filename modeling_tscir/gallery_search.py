@@ -1,6 +1,7 @@
 """Search in a gallery's rows, each picture once, however many files have its bytes."""
 
 from collections.abc import Collection, Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class SearchMixin:
             first = first & ~np.isin(self.rows.content, self.rows.content[excluded[excluded >= 0]])
         queries = queries.detach().float().cpu()
         index = None if exact or where else self._faiss()
-        k = min(top_k, int(first.sum()))
+        k = min(int(top_k), int(first.sum()))
         with full_precision(queries):
             if index is None:
                 scores, rows = search_exactly(self.embeds, queries, k, first)
@@ -96,7 +97,7 @@ def check_search(queries: torch.Tensor, top_k: int, exclude: Sequence[str], dime
     """Raise `ValueError` for arguments that cannot be searched with."""
     if queries.ndim != 2 or queries.shape[1] != dimensions:
         raise ValueError(f"queries are {tuple(queries.shape)}; this gallery wants [Q, {dimensions}]")
-    if not isinstance(top_k, int) or top_k < 1:
+    if not isinstance(top_k, Integral) or top_k < 1:
         raise ValueError(f"top_k is a whole number of at least 1, not {top_k!r}")
     if isinstance(exclude, str) or not isinstance(exclude, Collection) or not all(isinstance(x, str) for x in exclude):
         raise ValueError(f"exclude is a list of ids, which are texts, not {exclude!r}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import torch
+from transformers.utils import logging
 
 from .files import File
 from .gallery import FORMAT, Gallery, fingerprint_of
@@ -22,6 +23,7 @@ from .milvus import among, as_filter, connect, holds_gallery, is_milvus, parts_o
 from .shards import GalleryError
 
 
+logger = logging.get_logger(__name__)
 ROWS_AT_A_TIME = 500
 MAX_ID_BYTES, MAX_PATH_BYTES = 4096, 16384
 MAX_FOUND = 16384  # Milvus gives no more to one search
@@ -118,7 +120,10 @@ class MilvusGallery:
 
     @classmethod
     def load(cls, uri: str, model=None, processor=None) -> "MilvusGallery":
-        """Open a gallery; with model and processor, make sure that its embeddings are theirs."""
+        """Open a gallery; with model and processor, make sure that its embeddings are theirs, as [`Gallery.load`]
+        does."""
+        if (model is None) != (processor is None):
+            raise ValueError("a gallery is checked against a model and its processor: give both, or neither")
         gallery = cls(uri)
         if model is not None:
             gallery.check(model, processor)
@@ -211,8 +216,15 @@ class MilvusGallery:
         exclude: Sequence[str] = (),
         exact: bool = False,
     ) -> list[list[dict]]:
-        """As [`Gallery.search`]; which index answers is Milvus's affair, so `exact` changes nothing."""
+        """As [`Gallery.search`]; which index answers is Milvus's affair, so `exact` changes nothing.
+
+        Raises:
+            ValueError: as there, and for more results than Milvus gives to one search.
+        """
         check_search(queries, top_k, exclude, self.info["dimensions"])
+        if top_k > MAX_FOUND:
+            raise ValueError(f"top_k is {top_k}, and Milvus gives at most {MAX_FOUND} results to one search")
+        top_k = int(top_k)
         if not len(queries):
             return []
         asked = conditions_of(where, self.info.get("columns", {}), self.uri)
@@ -236,6 +248,11 @@ class MilvusGallery:
                 # Pictures of the same bytes count once, so that more may be needed.
                 short = any(len(r) < top_k and len(f) == limit for r, f in zip(rows, found, strict=True))
                 if not short or limit == MAX_FOUND:
+                    if short:
+                        logger.warning(
+                            f"{self.uri}: Milvus gives {MAX_FOUND} pictures to one search, of which fewer "
+                            f"than {top_k} differ; more may be there"
+                        )
                     break
                 limit = min(MAX_FOUND, 4 * limit)
             contents = sorted({hit["entity"]["content"] for hits in rows for hit in hits})

@@ -13,7 +13,7 @@ import torch
 from conftest import noise
 from PIL import Image
 
-from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, GalleryError, TSCIRProcessor
+from modeling_tscir import ComposedImageRetrievalPipeline, Gallery, GalleryError, TSCIRProcessor, milvus_gallery
 from modeling_tscir.cli import main
 from modeling_tscir.metadata import Condition
 from modeling_tscir.milvus import as_filter, connect, is_milvus
@@ -215,6 +215,10 @@ def test_refusals(both, stage2, clip_dir, tmp_path, pictures):
         remote.add(pictures, stage2, squeezed)
     with pytest.raises(ValueError, match="queries are"):
         remote.search(QUERIES[:, :3])
+    with pytest.raises(ValueError, match="top_k is 20000, and Milvus gives at most 16384 results"):
+        remote.search(QUERIES, 20_000)
+    with pytest.raises(ValueError, match="give both, or neither"):
+        MilvusGallery.load(remote.uri, stage2)
     assert (
         is_milvus("http://host:19530#shop") and is_milvus("a.db") and not is_milvus("a") and not is_milvus("/a.db/g")
     )
@@ -224,6 +228,16 @@ def test_refusals(both, stage2, clip_dir, tmp_path, pictures):
         with pytest.raises(ValueError):
             remote.search(QUERIES, where=where)
     assert not (tmp_path / "none.db").exists()  # nothing is made by looking
+
+
+def test_fewer_results_than_were_asked_for_are_told_where_copies_fill_what_milvus_gives(both, monkeypatch):
+    local, remote = both
+    told = []
+    monkeypatch.setattr(milvus_gallery.logger, "warning", told.append)
+    assert len(remote.search(QUERIES[:1], np.int64(7))[0]) == len(local) - 1 and told == []  # one is a copy
+    monkeypatch.setattr(milvus_gallery, "MAX_FOUND", len(local))
+    assert len(remote.search(QUERIES[:1], len(local))[0]) == len(local) - 1
+    assert len(told) == 1 and f"gives {len(local)} pictures to one search, of which fewer than" in told[0]
 
 
 def test_what_milvus_refuses_is_told(both, monkeypatch):
