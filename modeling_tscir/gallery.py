@@ -136,11 +136,18 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
 
     @classmethod
     def from_folder(
-        cls, images: str | os.PathLike, folder: str | os.PathLike, model, processor, dtype: str = "float16", **options
+        cls,
+        images: str | os.PathLike,
+        folder: str | os.PathLike,
+        model,
+        processor,
+        dtype: str | None = None,
+        **options,
     ) -> "Gallery":
         """The gallery in `folder`, made if need be, brought up to date with the pictures in `images` and below.
 
-        Interrupted, it goes on from the last whole shard when called again. Options are those of [`~Gallery.add`].
+        Interrupted, it goes on from the last whole shard when called again. `dtype` is [`~Gallery.open_or_create`]'s,
+        options are those of [`~Gallery.add`].
         """
         if not os.path.isdir(images):
             raise GalleryError(f"{images} is not a folder")
@@ -149,21 +156,29 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
         return gallery
 
     @classmethod
-    def open_or_create(cls, folder: str | os.PathLike, model, processor, dtype: str = "float16") -> "Gallery":
-        """The gallery in `folder`, checked against the model, or an empty one."""
+    def open_or_create(cls, folder: str | os.PathLike, model, processor, dtype: str | None = None) -> "Gallery":
+        """The gallery in `folder`, checked against the model, or an empty one, whose embeddings are stored in `dtype`,
+        float16 unless told.
+
+        Raises:
+            GalleryError: as [`~Gallery.load`] does, and for a gallery that stores its embeddings in another `dtype`.
+        """
         from .indexing import Processes
 
         def create_if_missing() -> None:
             made = Path(folder) / "gallery.json"
             if not made.is_file():
                 try:
-                    cls.create(folder, model, processor, dtype)
+                    cls.create(folder, model, processor, dtype or "float16")
                 except (GalleryError, FileNotFoundError):
                     if not made.is_file():  # else another process made it meanwhile
                         raise
 
         Processes().same(create_if_missing)
-        return cls.load(folder, model, processor)
+        gallery = cls.load(folder, model, processor)
+        if dtype not in (None, gallery.info["dtype"]):
+            raise GalleryError(f"{folder} stores {gallery.info['dtype']}, not {dtype}; name a new one")
+        return gallery
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model=None, processor=None) -> "Gallery":
@@ -171,7 +186,10 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
 
         Raises:
             GalleryError: if it is missing, damaged, or of another backbone or preprocessing.
+            ValueError: for a model without its processor.
         """
+        if (model is None) != (processor is None):
+            raise ValueError("a gallery is checked against a model and its processor: give both, or neither")
         gallery = cls(folder)
         if model is not None:
             gallery.check(model, processor)

@@ -239,7 +239,7 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
     """What a dataset's rows ask for.
 
     Raises:
-        GalleryError: for ids that are not unique or that a file has.
+        GalleryError: for ids that are missing, not unique or that a file has.
         ValueError: for what is no dataset of pictures, as `dataset_pictures` does.
         MetadataError: for columns that cannot be metadata.
     """
@@ -247,7 +247,10 @@ def plan_dataset(gallery: Gallery, rows, prefix: str, image_column: str, id_colu
         raise GalleryError(f"add takes a folder or a datasets.Dataset, not a {type(rows).__name__}")
     pictures, rows = dataset_pictures(rows, image_column), rows.with_format(None)
     named = id_column in rows.column_names
-    ids = [f"{prefix}{name}" for name in (rows[id_column] if named else range(len(rows)))]
+    given = rows[id_column] if named else range(len(rows))
+    if none := [row for row, name in enumerate(given) if name is None]:
+        raise GalleryError(f"column {id_column!r} is empty in row {none[0]} ({len(none)} rows); every row needs an id")
+    ids = [f"{prefix}{name}" for name in given]
     if len(set(ids)) != len(ids):
         twice = next(name for name, count in Counter(ids).items() if count > 1)
         raise GalleryError(f"column {id_column!r} holds {twice!r} more than once; ids must differ")
