@@ -20,6 +20,7 @@ DESCRIPTION = """Search pictures by a picture and a text that changes it.
 MODEL_HELP = (
     "trained TSCIR folder, Hub name, or a plain CLIP such as openai/clip-vit-base-patch32, which answers training-free"
 )
+PRECISION_HELP = "what the model computes in; float16 on a GPU and float32 on a CPU unless told"
 QUERY_HELP = """A query is made of --image, --id and --text in the order they are given:
 
   --image a.jpg --text "with long sleeves"                 a change of a picture
@@ -95,6 +96,8 @@ def make_parser() -> argparse.ArgumentParser:
     serve.add_argument("--model", help=MODEL_HELP + "; the one the gallery was made with unless told")
     serve.add_argument("--host", default="127.0.0.1", help="127.0.0.1, this machine alone, unless told")
     serve.add_argument("--port", type=int, default=7860)
+    for command in (index, search, serve):
+        command.add_argument("--precision", choices=["float32", "bfloat16", "float16"], help=PRECISION_HELP)
     for command in commands.choices.values():
         command.set_defaults(parser=command)
     return parser
@@ -110,8 +113,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_pipeline(name: str):
-    """A pipeline around a trained folder, a Hub name, or a plain CLIP."""
+def load_pipeline(name: str, precision: str | None = None):
+    """A pipeline around a trained folder, a Hub name, or a plain CLIP. Unless told it computes in float16 where there
+    is a GPU, which rankings hardly notice (eval/speed/precision.py), and else in float32."""
+    import torch
     from transformers import PreTrainedConfig
     from transformers.utils import logging
 
@@ -125,14 +130,12 @@ def load_pipeline(name: str):
         why = why_not(name, error)
         raise ValueError(f"the model {name!r} cannot be found or read: {why}; --model names another place") from error
     load = "from_pretrained" if kind == "tscir" else "from_clip_pretrained"
-    model, processor = getattr(TSCIRModel, load)(name), getattr(TSCIRProcessor, load)(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, precision or ("float32" if device == "cpu" else "float16"))
+    model, processor = getattr(TSCIRModel, load)(name, dtype=dtype), getattr(TSCIRProcessor, load)(name)
     if model.mapper is None:
         tell(f"{name} is a plain CLIP: answering training-free, by slerp between picture and text.")
-    import torch
-
-    return ComposedImageRetrievalPipeline(
-        model=model, processor=processor, device="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    return ComposedImageRetrievalPipeline(model=model, processor=processor, device=device)
 
 
 def tell(text: str) -> None:
@@ -176,13 +179,11 @@ def run_index(args: argparse.Namespace) -> int:
     processes = Processes()  # before the model, as it chooses each process's GPU
     there = holds_gallery if is_milvus(args.output) else lambda folder: (Path(folder) / "gallery.json").is_file()
     name = args.model or model_of(open_gallery(args.output) if there(args.output) else None, None)
-    cir = load_pipeline(name)
+    cir = load_pipeline(name, args.precision)
     if is_milvus(args.output):
         gallery = MilvusGallery.open_or_create(args.output, cir.model, cir.processor)
     else:
-        gallery = Gallery.open_or_create(args.output, cir.model, cir.processor, args.dtype or "float16")
-    if args.dtype not in (None, gallery.info["dtype"]):
-        raise ValueError(f"{args.output} stores {gallery.info['dtype']}, not {args.dtype}; name a new one")
+        gallery = Gallery.open_or_create(args.output, cir.model, cir.processor, args.dtype)
     if args.index is not None and processes.main:
         if args.index == "none":
             gallery.drop_index()
@@ -237,7 +238,7 @@ def run_search(args: argparse.Namespace) -> int:
     gallery = open_gallery(args.gallery)
     if len(gallery) == 0:
         raise ValueError(f"{args.gallery} holds no pictures; index some: tscir index PHOTOS --output {args.gallery}")
-    cir = load_pipeline(model_of(gallery, args.model))
+    cir = load_pipeline(model_of(gallery, args.model), args.precision)
     gallery.check(cir.model, cir.processor)
     content = []
     for kind, value in args.parts:
@@ -322,7 +323,7 @@ def run_serve(args: argparse.Namespace) -> int:
     gallery = open_gallery(args.gallery)
     if len(gallery) == 0:
         raise ValueError(f"{args.gallery} holds no pictures; index some: tscir index PHOTOS --output {args.gallery}")
-    cir = load_pipeline(model_of(gallery, args.model)).index(gallery)
+    cir = load_pipeline(model_of(gallery, args.model), args.precision).index(gallery)
     cir.model.merge_adapter()
     try:
         serve(make_page(cir), args.host, args.port)

@@ -6,10 +6,12 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image, ImageDraw, ImageFont
 
-from modeling_tscir import cli
+import modeling_tscir
+from modeling_tscir import Gallery, cli
 from modeling_tscir.contact_sheet import LONGEST, font, wrapped
 
 
@@ -220,3 +222,28 @@ def test_a_reader_that_has_enough_is_no_mistake(indexed):
 def test_strict_tells_by_its_exit_code(run, indexed, picture_folder):
     assert run("index", picture_folder, "-o", indexed)[0] == 0
     assert run("index", picture_folder, "-o", indexed, "--strict")[0] == 1
+
+
+def test_the_precision_is_the_one_asked_for(run, picture_folder, model_dir, tmp_path, monkeypatch):
+    made = {}
+    for precision in (None, "float16", "bfloat16"):
+        asked = () if precision is None else ("--precision", precision)
+        gallery = tmp_path / str(precision)
+        code, _, err = run("index", picture_folder, "-o", gallery, "--model", model_dir, "--dtype", "float32", *asked)
+        assert code == 0, err
+        made[precision] = torch.tensor(Gallery.load(gallery).dataset()["embedding"][:])
+        code, _, err = run("search", gallery, "--image", picture_folder / "0.png", "--text", "red", *asked)
+        assert code == 0, err
+    exact = made.pop(None)
+    for precision, embeds in made.items():
+        assert not torch.equal(embeds, exact) and torch.cosine_similarity(embeds, exact).min() > 0.999, precision
+
+
+def test_a_gpu_computes_in_half_precision_unless_told(model_dir, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(modeling_tscir, "ComposedImageRetrievalPipeline", lambda **made: made)
+    made = cli.load_pipeline(str(model_dir))
+    assert made["device"] == "cuda" and made["model"].dtype == torch.float16
+    assert cli.load_pipeline(str(model_dir), "float32")["model"].dtype == torch.float32
+    monkeypatch.undo()
+    assert cli.load_pipeline(str(model_dir)).model.dtype == torch.float32
