@@ -52,16 +52,16 @@ def embed_words(
     return words + tower.embeddings.position_embedding(taken % length), taken, index, shared
 
 
-def of_tokens(states: torch.Tensor, index: torch.Tensor, shared: int) -> torch.Tensor:
-    """The state of each token, [S, L, d], of [T, d]; the first `shared` are those of more than two tokens.
+def of_tokens(states: torch.Tensor, places: torch.Tensor, shared: int) -> torch.Tensor:
+    """The state of each token, [S, L, d], of [T, d]; `places` [S, L] count through copies of the first `shared`, one for
+    each sentence, and then the others.
 
-    Each sentence takes these from a copy of its own: the backward pass of taking one state for many tokens would add
-    their gradients one by one in the states' own precision, and on a CPU in no order; that of copying sums them.
+    The backward pass of taking one state for many tokens would add their gradients one by one in the states' own
+    precision, and on a CPU in no order; that of copying sums them.
     """
-    sentences = torch.arange(len(index), device=index.device)[:, None]
-    copies = states[:shared].expand(len(index), -1, -1).flatten(0, 1)
-    own = index + (len(index) - 1) * shared
-    return torch.cat([copies, states[shared:]])[own.where(index >= shared, index + sentences * shared)]
+    copies = states[:shared].expand(len(places), -1, -1).flatten(0, 1)
+    taken = torch.cat([copies, states[shared:]]).index_select(0, places.flatten())
+    return taken.unflatten(0, places.shape)
 
 
 def run_layers(
@@ -71,16 +71,18 @@ def run_layers(
     layers, config = tower.encoder.layers, tower.config
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
     mask = create_causal_mask(config, hidden.new_empty(*index.shape, 1), None, None)
+    sentences = torch.arange(len(index), device=index.device)[:, None]
+    places = (index + (len(index) - 1) * shared).where(index >= shared, index + sentences * shared)
     for layer in layers:
         attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-        projected = (project(normed) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-        tokens = (of_tokens(x, index, shared) for x in projected)
+        projected = [project(normed) for project in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        tokens = of_tokens(torch.cat(projected, dim=-1), places, shared).chunk(3, dim=-1)
         heads = (x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x in tokens)  # [S, h, L, d]
         dropout = attention.dropout if attention.training else 0.0
         seen, _ = attend(attention, *heads, mask, scaling=attention.scale, dropout=dropout, is_causal=True)
         if layer is layers[-1]:  # whose other states nothing reads
-            hidden = of_tokens(hidden, index.gather(1, ends[:, None]), shared)[:, 0]
+            hidden = of_tokens(hidden, places.gather(1, ends[:, None]), shared)[:, 0]
             taken = ends + index.shape[1] * torch.arange(len(ends), device=ends.device)  # counted through all rows
-        hidden = hidden + attention.out_proj(seen.flatten(2).flatten(0, 1)[taken])
+        hidden = hidden + attention.out_proj(seen.flatten(2).flatten(0, 1).index_select(0, taken))
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
     return tower.final_layer_norm(hidden)
