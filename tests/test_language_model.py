@@ -186,6 +186,26 @@ def test_what_a_server_says_of_an_error_is_told(server, write, monkeypatch):
         write([(400, '{"error": "Unsupported.\n Use \'max_completion_tokens\'"}', {})], pairs=4)
 
 
+def test_a_redirect_is_told_and_the_key_goes_nowhere_else(server, write, monkeypatch):
+    """Which urllib would follow with the key, and without the prompt."""
+    monkeypatch.setattr("language_model.HOPELESS", 1)
+    elsewhere = Server()
+    headers = []
+
+    def do_GET(handler):
+        headers.append(dict(handler.headers))
+        handler.send_error(404)
+
+    elsewhere.http.RequestHandlerClass.do_GET = do_GET
+    try:
+        with pytest.raises(ValueError, match=rf"the last time: HTTP 302: it has moved to {elsewhere.url}/elsewhere"):
+            write([(302, "", {"Location": f"{elsewhere.url}/elsewhere"})])
+    finally:
+        elsewhere.http.shutdown()
+        elsewhere.http.server_close()
+    assert len(server.requests) == 1 and not headers
+
+
 @pytest.mark.parametrize(
     "reply",
     [

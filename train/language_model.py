@@ -78,6 +78,13 @@ def parse_modification(answer: str) -> str:
     return text
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: followed, it would take the key to wherever it leads, and leave the prompt behind."""
+
+    def redirect_request(self, *given):
+        return None
+
+
 class Endpoint:
     """An OpenAI-compatible chat endpoint.
 
@@ -101,6 +108,7 @@ class Endpoint:
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
         self.api_key = api_key and api_key.strip()
         self.timeout, self.temperature, self.max_tokens = timeout, temperature, max_tokens
+        self.opener = urllib.request.build_opener(NoRedirect)
 
     def __call__(self, prompt: str) -> tuple[str, dict]:
         """The answer's text, and the tokens it took. Raises `EndpointError`."""
@@ -114,7 +122,7 @@ class Endpoint:
         headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with self.opener.open(request, timeout=self.timeout) as response:
                 received = response.read()
         except urllib.error.HTTPError as error:
             wait = error.headers.get("Retry-After", "")
@@ -124,6 +132,8 @@ class Endpoint:
                 reason = " ".join(error.read(1000).decode("utf-8", "replace").split())[:300]
             except (OSError, http.client.HTTPException):
                 reason = ""
+            if error.code < 400:
+                reason = f"it has moved to {error.headers.get('Location')}"
             raise EndpointError(f"HTTP {error.code}", wait, permanent, reason) from error
         except (OSError, http.client.HTTPException) as error:
             raise EndpointError(f"no connection or timeout ({str(error) or type(error).__name__})") from error
