@@ -147,3 +147,17 @@ def test_stage_two_from_a_whole_model_whose_backbone_cannot_be_found(
         clip = TSCIRModel.from_clip_pretrained(clip_dir).clip.state_dict()
         found = {k.replace(".base_layer", ""): v for k, v in model.clip.state_dict().items()}
         assert model.config.stage == 2 and all(torch.equal(found[k], v) for k, v in clip.items())
+
+
+def test_stage_two_from_a_whole_model_whose_clip_is_no_longer_its_backbone(launch, stage1, processor, tmp_path):
+    """As one that was tuned, or saved in half precision: what is trained on it must load with it."""
+    with torch.no_grad():
+        stage1.clip.text_projection.weight += 0.1
+    stage1.save_pretrained(tmp_path / "whole", backbone="full")
+    processor.save_pretrained(tmp_path / "whole")
+    flags = ["--max_steps", 3, "--save_steps", 2]
+    launch(stage2_script, tmp_path / "whole", tmp_path / "run", *flags)
+    for folder in ("run", "run/checkpoint-2"):
+        found = TSCIRModel.from_pretrained(tmp_path / folder).clip.text_projection.weight
+        assert torch.equal(found, stage1.clip.text_projection.weight)
+    launch(stage2_script, tmp_path / "whole", tmp_path / "run", *flags, "--resume_from_checkpoint", "latest")

@@ -61,17 +61,18 @@ def refuse_another_start(checkpoint: Path, model: TSCIRModel, frozen: dict[str, 
 
 
 def keep_backbone(accelerator: Accelerator, model: TSCIRModel, output_dir: str) -> None:
-    """Write the backbone of a model loaded whole to `output_dir`/backbone, unless it can be found by its name.
+    """Write the backbone of a model loaded whole to `output_dir`/backbone, unless it is what is found by its name.
 
-    What is trained is written by reference to it, and would not load.
+    What is trained is written by reference to it, and would not load, or with other weights than it was trained on.
     """
-    name = model.config.backbone_name_or_path
-    if name and (os.path.isdir(name) or not os.path.isabs(name)):
-        return
-    folder = Path(output_dir, BACKBONE)
+    name, folder = model.config.backbone_name_or_path, Path(output_dir, BACKBONE)
     # Less the composing adapters, which a model of stage II has there already.
     state = model.clip.state_dict().items()
     tensors = {name.replace(".base_layer", ""): tensor for name, tensor in state if ".lora_" not in name}
+    fingerprint = fingerprint_of_tensors(tensors)
+    is_named = model.config.backbone_fingerprint in (None, fingerprint)
+    if is_named and name and (os.path.isdir(name) or not os.path.isabs(name)):
+        return
     if accelerator.is_main_process:
         aside = folder.with_name(f"unfinished-{BACKBONE}")
         with said_if_full(output_dir, "the backbone", aside):
@@ -80,7 +81,7 @@ def keep_backbone(accelerator: Accelerator, model: TSCIRModel, output_dir: str) 
         os.replace(aside, folder)
     accelerator.wait_for_everyone()
     model.config.backbone_name_or_path = os.path.join("..", BACKBONE)  # from checkpoints, so that all may be moved
-    model.config.backbone_revision, model.config.backbone_fingerprint = None, fingerprint_of_tensors(tensors)
+    model.config.backbone_revision, model.config.backbone_fingerprint = None, fingerprint
 
 
 @contextlib.contextmanager
