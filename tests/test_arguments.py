@@ -12,6 +12,7 @@ class Arguments:
     max_steps: int = field(default=5, metadata={"help": "x"})
     mixed_precision: str = field(default="no", metadata={"help": "x"})
     targets: list[str] | None = field(default=None, metadata={"help": "x"})
+    is_given: bool = field(default=False, metadata={"help": "x"})
 
 
 @pytest.fixture
@@ -30,6 +31,9 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(parse, tmp_path):
     args = parse("--config", recipe, "--max_steps", 9)
     assert args.mixed_precision == "no"
     assert (args.output_dir, args.learning_rate, args.max_steps) == ("here", 0.001, 9)
+    recipe.write_text("output_dir: 2026-01-31\nis_given: yes\n", "utf-8")  # a date, where a text is wanted
+    assert parse("--config", recipe) == Arguments(output_dir="2026-01-31", is_given=True)
+    assert not parse("--config", recipe, "--is_given", "no").is_given
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,7 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(parse, tmp_path):
         ("output_dir: a\n", ["--max_step", "3"], "unrecognized arguments: --max_step"),
         ("output_dir: [\n", [], "recipe.yaml"),
         ("output_dir: a\nmax_steps: 2.5\n", [], "invalid int value: '2.5'"),
+        ("output_dir: a\nlearning_rate: yes\n", [], "invalid float value: 'True'"),
         ("output_dir: a\nmax_steps:\n", [], "max_steps has no value"),
         ("output_dir: a\nmax_steps: [1, 2]\n", [], "max_steps takes one value, not [1, 2]"),
         ("output_dir: a\nmax_steps: {a: 1}\n", [], "max_steps takes one value"),

@@ -155,9 +155,8 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
                 parser.error(f"{config}: {name} has no value")
             if isinstance(value, dict) or (isinstance(value, list) != (name in lists)):
                 parser.error(f"{config}: {name} takes {'a list' if name in lists else 'one value'}, not {value!r}")
-        # As text, so that values are checked as flags are.
-        numbers = {k: str(v) for k, v in recipe.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        parser.set_defaults(**recipe | numbers)
+        # As text, so that values are checked as flags are, whatever YAML takes them for.
+        parser.set_defaults(**{k: v if isinstance(v, list) else str(v) for k, v in recipe.items()})
     found, unknown = parser.parse_known_args()
     values = vars(found)
     if unknown:
