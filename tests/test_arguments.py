@@ -82,6 +82,9 @@ def test_mistakes_are_named(parse, tmp_path, capsys, content, flags, message):
         ({"num_train_epochs": 0}, "--num_train_epochs must be above 0, not 0"),
         ({"num_train_epochs": float("nan")}, "--num_train_epochs must be above 0, not nan"),
         ({"warmup_steps": -5}, "--warmup_steps must be at least 0, not -5"),
+        ({"learning_rate": -1e-3}, "--learning_rate must be at least 0, not -0.001"),
+        ({"learning_rate": float("nan")}, "--learning_rate must be at least 0, not nan"),
+        ({"weight_decay": float("inf")}, "--weight_decay must be at least 0, not inf"),
         (
             {"lr_scheduler_type": "reduce_lr_on_plateau"},
             "--lr_scheduler_type is one of linear, .* not reduce",

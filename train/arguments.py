@@ -69,8 +69,9 @@ class LoopArguments:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}")
         if self.lr_scheduler_type not in SCHEDULERS:
             raise ValueError(f"--lr_scheduler_type is one of {', '.join(SCHEDULERS)}, not {self.lr_scheduler_type}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"--warmup_steps must be at least 0, not {self.warmup_steps}")
+        for name in ("learning_rate", "weight_decay", "warmup_steps"):  # before features, which may take hours
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be at least 0, not {getattr(self, name)}")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"--max_steps must be at least 1, or -1 for --num_train_epochs, not {self.max_steps}")
         if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
