@@ -100,6 +100,18 @@ def test_triplets_are_written_file_by_file(data, tmp_path, monkeypatch):
         }
 
 
+def test_another_ones_card_is_not_written_over(data, tmp_path):
+    """As in a repository that the triplets are to go into; our own, of triplets that were removed, is."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/README.md").write_text("# Mine, made with `train/synthesize.py`", "utf-8")
+    with pytest.raises(SystemExit, match=r"out/README\.md .* would be replaced: choose another --output_dir"):
+        run(data, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["README.md"]
+    run(data, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/data")
+    run(data, tmp_path / "again")
+
+
 def test_references_are_drawn_from_all_rows():
     """And no more are looked at than give twice the triplets, as filters may drop half."""
     words = [f"w{i}" for i in range(200)]

@@ -47,6 +47,7 @@ FUNCTION_WORDS = ARTICLES | {
     "these", "this", "those", "to", "with",
 }  # fmt: skip
 ID_COLUMN = "image_id"
+MADE_BY = "made by TSCIR's `train/synthesize.py`"
 ROWS_PER_FILE = 1000
 # What limits pairs: the default, what it is, and whether it is of pairs of pictures rather than of captions.
 LIMITS = {
@@ -207,6 +208,9 @@ def synthesize(args: argparse.Namespace) -> dict:
     refuse_unwritable_folder(str(args.output_dir))
     if (args.output_dir / "data").is_dir() and any((args.output_dir / "data").iterdir()):
         raise ValueError(f"{args.output_dir} holds triplets already: choose another --output_dir, or remove its data/")
+    card = args.output_dir / "README.md"
+    if card.is_file() and MADE_BY not in card.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{card} is not of triplets, and would be replaced: choose another --output_dir")
     rows, ids, left_out = read_rows(args)
     texts = list(rows[args.caption_column])
     captions = [words_of(text) for text in texts]
@@ -301,7 +305,7 @@ def write_card(args: argparse.Namespace, report: dict) -> None:
     text = f"""{header}
 # Triplets from {args.dataset_name}
 
-{report["triplets"]} triplets of a reference, a modification text and a target, made by TSCIR's `train/synthesize.py`.
+{report["triplets"]} triplets of a reference, a modification text and a target, {MADE_BY}.
 {pairing}; modifications are
 written {way}. Pictures and captions keep the licence of their source.
 
