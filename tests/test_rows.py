@@ -30,6 +30,21 @@ def test_rows_of_a_group_share_a_batch():
         assert sorted(groups[row] for row in batch) == sorted([groups[r] for r in batch[::4]] * 4)
 
 
+def test_rows_of_a_group_beyond_a_batch_are_shuffled_too():
+    """Else its batches are the same in every epoch, and what is left over of the last group is never read."""
+    batches, read = GroupedBatches(10, 3, seed=0, groups=["one"] * 10), []
+    for epoch in range(30):
+        batches.epoch = epoch
+        read.append(list(batches))
+    assert {row for epoch in read for batch in epoch for row in batch} == set(range(10))
+    assert len({tuple(map(tuple, epoch)) for epoch in read}) == 30
+    batches.epoch = 4
+    assert list(batches) == read[4]
+    small = [row // 3 for row in range(12)]
+    order = torch.randperm(4, generator=torch.Generator().manual_seed(0)).tolist()
+    assert list(GroupedBatches(12, 3, seed=0, groups=small)) == [list(range(3 * i, 3 * i + 3)) for i in order]
+
+
 def test_too_few_rows_are_refused():
     with pytest.raises(ValueError, match="per_device_train_batch_size"):
         GroupedBatches(7, 8, seed=0)

@@ -227,9 +227,17 @@ class GroupedBatches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         count = self.num_rows if self.members is None else len(self.members)
         order = torch.randperm(count, generator=generator).tolist()
-        rows = order if self.members is None else [row for i in order for row in self.members[i]]
+        rows = order
+        if self.members is not None:
+            rows = [row for i in order for row in self._in_order(self.members[i], generator)]
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             yield rows[start : start + self.batch_size]
+
+    def _in_order(self, members: list[int], generator: torch.Generator) -> list[int]:
+        """A group's rows: as they come, as one batch has them all, or where it has not, shuffled."""
+        if len(members) <= self.batch_size:
+            return members
+        return [members[i] for i in torch.randperm(len(members), generator=generator).tolist()]
 
 
 class RowBatches:
