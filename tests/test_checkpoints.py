@@ -131,6 +131,24 @@ def test_where_the_best_weights_alone_are_left_there_is_nothing_to_go_on_from(la
         launch(stage1_script, clip_dir, tmp_path / "run", *flags)
 
 
+class Code:
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_nothing_in_a_checkpoint_is_executed(launch, clip_dir, tmp_path):
+    """As of one that somebody else wrote; Accelerate reads such files by pickle."""
+    flags = ["--max_steps", 3, "--save_steps", 2]
+    launch(stage1_script, clip_dir, tmp_path / "run", *flags)
+    torch.save(Code(tmp_path / "executed"), tmp_path / "run/checkpoint-2/custom_checkpoint_2.pkl")
+    with pytest.raises(ValueError, match=r"custom_checkpoint_2\.pkl is damaged, or holds more than tensors"):
+        launch(stage1_script, clip_dir, tmp_path / "run", *flags, "--resume_from_checkpoint", "latest")
+    assert not (tmp_path / "executed").exists()
+
+
 @pytest.mark.parametrize("lost", ["unnamed", "elsewhere"])
 def test_stage_two_from_a_whole_model_whose_backbone_cannot_be_found(
     launch, stage1, processor, tmp_path, lost, clip_dir

@@ -60,6 +60,15 @@ def refuse_another_start(checkpoint: Path, model: TSCIRModel, frozen: dict[str, 
         )
 
 
+def refuse_code(checkpoint: Path) -> None:
+    """Raise `ValueError` for state that is more than tensors and plain values: Accelerate would run what it says."""
+    for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")):
+        try:
+            torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever torch makes of bytes that are none of its own
+            raise ValueError(f"{path} is damaged, or holds more than tensors and plain values") from error
+
+
 def keep_backbone(accelerator: Accelerator, model: TSCIRModel, output_dir: str) -> None:
     """Write the backbone of a model loaded whole to `output_dir`/backbone, unless it is what is found by its name.
 

@@ -21,6 +21,7 @@ from checkpoints import (
     BACKBONE,
     find_checkpoint,
     keep_only_trained_tensors,
+    refuse_code,
     refuse_unwritable_folder,
     refuse_used_folder,
     said_if_full,
@@ -110,6 +111,8 @@ def make_accelerator(args: LoopArguments, *others) -> Accelerator:
     folder = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if args.resume_from_checkpoint else None
     if folder is None or folder.resolve().parent != Path(args.output_dir).resolve():
         refuse_used_folder(args.output_dir)
+    if folder is not None:
+        refuse_code(folder)
     if folder is not None and (kept := folder / PROGRESS).is_file():
         told = {k: v for given in (args, *others) for k, v in vars(given).items() if v is not None}
         told["num_processes"] = accelerator.num_processes
