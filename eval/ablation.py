@@ -62,26 +62,46 @@ class Runner:
     def train(
         self, stage: int, start: Path, data: Path, folder: Path, seed: int, choices: dict, inherited: dict
     ) -> None:
-        """Unless the folder is there, of the same choices; `inherited` are those of the stage before."""
+        """Unless the folder is there, of the same choices; `inherited` are those of the stage before.
+
+        What was asked for is kept beside the folder, whose own record does not tell it from defaults.
+
+        Raises:
+            ValueError: for a folder that was trained, or begun, by another grid's run of the name.
+        """
         choices, record = dict(choices), folder / "training_arguments.json"
+        begun = bool(list(folder.glob("checkpoint-*")))
+        told = folder.with_suffix(".json")
+        own = {"start": os.path.relpath(start, self.output), "data": os.path.relpath(data, self.output)}
+        own = json.loads(json.dumps(own | {"flags": self.flags, "before": inherited} | choices))
+        if (begun or record.is_file()) and told.is_file():
+            before = json.loads(told.read_text(encoding="utf-8"))
+            self.refuse_others(folder, {k: (before.get(k), own.get(k)) for k in before | own})
         if record.is_file():  # written last
             held = json.loads(record.read_text(encoding="utf-8"))
             untold = {k: v for k, v in (DEFAULTS | inherited).items() if k in DEFAULTS and held.get(k) is not None}
             asked = untold | ({"max_steps": int(self.flags[1])} if self.flags else {}) | choices
-            other = {k: held.get(k) for k, v in asked.items() if k != "script" and held.get(k) != v}
-            if other:
-                right = {k: asked[k] for k in other}
-                raise ValueError(f"{folder} was trained with {other}, not {right}; remove it, or rename the run")
+            self.refuse_others(folder, {k: (held.get(k), v) for k, v in asked.items() if k != "script"})
             return
+        told.parent.mkdir(parents=True, exist_ok=True)
+        told.write_text(json.dumps(own), encoding="utf-8")
         command = [sys.executable, choices.pop("script", f"train/stage{stage}.py")]
         command += ["--config", f"train/recipes/miniature_stage{stage}.yaml", "--seed", seed]
         command += ["--model_name_or_path", start, "--dataset_name", data, "--output_dir", folder]
         command += ["--feature_cache_dir", self.output / "cache", *self.flags]
         for name, value in choices.items():
             command += [f"--{name}", *(value if isinstance(value, list) else [value])]
-        if list(folder.glob("checkpoint-*")):
+        if begun:
             command += ["--resume_from_checkpoint", "latest"]
         self._call(command, folder.with_suffix(".log"))
+
+    @staticmethod
+    def refuse_others(folder: Path, pairs: dict[str, tuple]) -> None:
+        """Raise `ValueError` where the first of a pair, what a folder was trained with, is not what is asked for."""
+        other = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        if other:
+            held, right = ({name: pair[i] for name, pair in other.items()} for i in (0, 1))
+            raise ValueError(f"{folder} was trained with {held}, not {right}; remove it, or rename the run")
 
     def evaluate(self, run: dict, result: Path, measure: str) -> None:
         command = [sys.executable, __file__, "--evaluate", measure, json.dumps(run), result]

@@ -239,6 +239,39 @@ def test_a_folder_of_another_training_is_not_taken_for_this_one(tmp_path):
         runner.train(1, tmp_path, tmp_path, tmp_path / "stage1", 0, {}, {})
 
 
+def test_a_training_is_one_of_its_data_start_and_arguments_too(tmp_path, monkeypatch):
+    """Also of those that are no fields of a configuration, whichever of the two has them; begun or done."""
+    begun = []
+
+    def call(self, command, log):
+        begun.append(command)
+        folder = command[command.index("--output_dir") + 1]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "training_arguments.json").write_text('{"num_train_epochs": 12}', "utf-8")
+
+    monkeypatch.setattr(Runner, "_call", call)
+    folder, own = tmp_path / "stage2/TSCIR-0", {"num_train_epochs": 12}
+    start, data = tmp_path / "stage1/full-0", tmp_path / "training-0/triplets"
+
+    def train(output=tmp_path, start=start, data=data, choices=own, inherited=None):
+        Runner(output, tmp_path / "results", 1, []).train(2, start, data, folder, 0, choices, inherited or {})
+
+    others = ({"choices": {}}, {"choices": own | {"learning_rate": 1e-4}}, {"data": tmp_path / "training-0/mixture"},
+              {"start": tmp_path / "stage1/plain-0"}, {"inherited": {"learning_rate": 0}})  # fmt: skip
+    for record in (True, False):
+        train()
+        if not record:
+            (folder / "training_arguments.json").unlink()
+            (folder / "checkpoint-3").mkdir()
+        for other in others:
+            with pytest.raises(ValueError, match="TSCIR-0 was trained with .*, not .*; remove it, or rename the run"):
+                train(**other)
+    assert len(begun) == 1
+    shutil.rmtree(folder)
+    train(choices={})  # of which nothing is there any more
+    assert len(begun) == 2
+
+
 def test_runs_that_are_evaluated_otherwise_share_a_training(tmp_path, monkeypatch):
     trained, choices, evaluated = [], [], []
 
