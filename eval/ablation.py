@@ -227,7 +227,7 @@ def main() -> None:
         raise
     table = collect(files, results / "queries.parquet", args.world)
     measure = MEASURES[grid.measure]
-    tidy, claims, details = summarise(table, grid.claims, measure)
+    tidy, claims, details = summarise(table, grid.claims, measure, len(whole.claims))
     folder = results / args.world
     folder.mkdir(exist_ok=True)
     tidy.to_parquet(folder / "table.parquet")

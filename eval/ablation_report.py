@@ -39,9 +39,12 @@ def by_seed(table: pd.DataFrame, run: str, metric: str, novelty: str | None = No
 
 
 def summarise(
-    table: pd.DataFrame, grid_claims: dict[str, list[str]], measure: Measure
+    table: pd.DataFrame, grid_claims: dict[str, list[str]], measure: Measure, number: int | None = None
 ) -> tuple[pd.DataFrame, list[dict], list[dict]]:
-    """The tidy table, the verdict on each claim, and each claim's effect on each metric."""
+    """The tidy table, the verdict on each claim, and each claim's effect on each metric.
+
+    Claims are corrected for their number, or for the `number` of a whole grid of which they are some.
+    """
     tidy = table.groupby(["run", "seed", "metric"], sort=False)["value"].agg(["mean", "size"]).reset_index()
     tidy = tidy.rename(columns={"mean": "value", "size": "queries"})
     claims, details = [], []
@@ -55,7 +58,7 @@ def summarise(
             details.append({"claim": claim, "metric": metric, **compared([parts[metric]])._asdict()})
         effect = compared([parts[metric] for metric in asked])
         claims.append({"claim": claim, "runs": grid_claims[claim], **effect._asdict()})
-    for claim, p in zip(claims, holm([claim["p_value"] for claim in claims]), strict=True):
+    for claim, p in zip(claims, holm([claim["p_value"] for claim in claims], number), strict=True):
         numbers = Effect(**{name: claim[name] for name in Effect._fields})
         claim["p_value_holm"] = p
         claim["verdict"] = verdict(numbers, p)

@@ -79,12 +79,16 @@ def compared(parts: Sequence[tuple[np.ndarray, Sequence]], seed: int = 0, resamp
     return Effect(float(of_seeds.mean()), float(low), float(high), float(min(1.0, 2 * max(tail, 1 / len(means)))))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979), in the order given."""
+def holm(p_values: Sequence[float], number: int | None = None) -> list[float]:
+    """p-values adjusted for their number (Holm 1979), in the order given.
+
+    Where they are some of `number`, at least as much as among all of these.
+    """
+    number = len(p_values) if number is None else number
     order = np.argsort(p_values)
     adjusted, highest = np.empty(len(p_values)), 0.0
     for place, row in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[row]))
+        highest = max(highest, min(1.0, (number - place) * p_values[row]))
         adjusted[row] = highest
     return adjusted.tolist()
 

@@ -108,6 +108,33 @@ def test_reports_of_several_grids_are_gathered(tmp_path, monkeypatch, capsys):
     assert f"| [first](first/test/report.md) | first | {100 * gathered[0]['effect']:+.1f} (" in table
 
 
+def test_some_runs_of_a_grid_are_told_apart_no_sooner_than_all(tmp_path, monkeypatch, capsys):
+    """Else one could choose those whose claims are few."""
+    monkeypatch.setattr(ablation_report, "novelties", lambda world: list(np.resize(NOVELTIES, 40)))
+    runs = {name: {"method": "sum", "weight": 0.1 * i} for i, name in enumerate("abcd")}
+    claims = {f"{one} is better than a": [one, "a"] for one in "bcd"}
+    grid = vars(GRID) | {"runs": runs, "claims": claims}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid), "utf-8")
+    results, rng = tmp_path / "results", np.random.default_rng(0)
+    queries = [{"split": "val", "benchmark": benchmark, "cluster": f"val-1 {i}"}
+               for benchmark in ("cirr", "fashioniq", "circo") for i in range(40)]  # fmt: skip
+    write_table(pd.DataFrame(queries), results / "queries.parquet")
+    for run in runs:
+        for seed in GRID.seeds:
+            values = [{"split": "val", "metric": metric, "value": rng.random() + (run == "b")}
+                      for metric in SHOWN for _ in range(40)]  # fmt: skip
+            write_table(pd.DataFrame(values), results / f"queries/{run}-{seed}.parquet")
+    found = []
+    for some in ([], ["--runs", "a", "b"]):
+        flags = ["--config", tmp_path / "grid.yaml", "--output_dir", tmp_path / "out", "--results_dir", results]
+        monkeypatch.setattr("sys.argv", ["ablation.py", *map(str, flags), *some])
+        ablation.main()
+        found.append(json.loads((results / "val/claims.json").read_text("utf-8")))
+    whole, alone = found
+    assert len(whole) == 3 and [claim["claim"] for claim in alone] == ["b is better than a"]
+    assert alone[0]["p_value_holm"] == whole[0]["p_value_holm"] == pytest.approx(3 * whole[0]["p_value"])
+
+
 def test_stored_verdicts_are_those_of_the_stored_grids():
     stored = json.loads((ROOT / "eval/ablation/claims.json").read_text("utf-8"))
     assert stored == ablation.gather(ROOT / "eval/ablation")

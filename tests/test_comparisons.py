@@ -11,6 +11,13 @@ def test_holm_by_hand():
     assert holm([0.03]) == pytest.approx([0.03])
 
 
+def test_some_of_many_claims_are_corrected_for_all_of_them():
+    p_values = np.random.default_rng(0).random((50, 9)) ** 2 / 10
+    for known in p_values:
+        assert holm([0.01, 0.002], 5) == pytest.approx([0.04, 0.01])
+        assert all(np.array(holm(known[:4], 9)) >= np.array(holm(known)[:4]) - 1e-12)
+
+
 def test_the_bootstrap_spreads_as_the_clustered_standard_error():
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.arange(300), 3)
