@@ -258,8 +258,9 @@ def gather(folder: Path) -> list[dict]:
         for claim in json.loads(path.read_text(encoding="utf-8")):
             own = {"grid": path.parents[1].name, "world": path.parent.name, "claim": claim["claim"]}
             own |= {name: claim[name] for name in kept}
-            if claim["claim"] in known:
-                own["val"] = {name: known[claim["claim"]][name] for name in kept}
+            on_val = known.get(claim["claim"])
+            if on_val is not None and on_val["runs"] == claim["runs"]:  # else another that had the name before
+                own["val"] = {name: on_val[name] for name in kept}
             found.append(own)
     return found
 

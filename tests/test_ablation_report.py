@@ -108,6 +108,16 @@ def test_reports_of_several_grids_are_gathered(tmp_path, monkeypatch, capsys):
     assert f"| [first](first/test/report.md) | first | {100 * gathered[0]['effect']:+.1f} (" in table
 
 
+def test_a_claim_on_val_is_of_the_same_runs(tmp_path):
+    numbers = {"verdict": "holds", "effect": 0.2, "ci_low": 0.1, "ci_high": 0.3}
+    for world, baseline in (("val", "sum 0.6"), ("test", "sum 0.7")):
+        claims = [{"claim": "better than the sum", "runs": ["TSCIR", baseline], **numbers},
+                  {"claim": "adapters help", "runs": ["TSCIR", "stage I"], **numbers}]  # fmt: skip
+        (tmp_path / "grid" / world).mkdir(parents=True)
+        (tmp_path / "grid" / world / "claims.json").write_text(json.dumps(claims), "utf-8")
+    assert ["val" in claim for claim in ablation.gather(tmp_path)] == [False, True]
+
+
 def test_some_runs_of_a_grid_are_told_apart_no_sooner_than_all(tmp_path, monkeypatch, capsys):
     """Else one could choose those whose claims are few."""
     monkeypatch.setattr(ablation_report, "novelties", lambda world: list(np.resize(NOVELTIES, 40)))
