@@ -191,25 +191,25 @@ def main() -> None:
         MEASURES[measure].evaluate(json.loads(run), Path(result), args.output_dir)
         return
     results = (args.results_dir or args.output_dir / "results" / args.config.stem).resolve()
-    try:
-        whole = Grid.read(args.config)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        sys.exit(f"error: {error}")
-    if args.world not in whole.worlds:
-        sys.exit(f"error: {args.config} has the worlds {', '.join(whole.worlds)}, and no {args.world}")
-    grid = whole.only(args.runs or list(whole.runs))
-    seeds = args.seeds or grid.seeds
     flags = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
     if flags:
         results = results / "short"
-    fingerprint = settle_clip(args.output_dir, results, args.clip)
-    runner = Runner(args.output_dir, results, args.jobs, flags)
-    runner.settle(grid)
-    files = {(name, seed): runner.result(name, seed) for seed in seeds for name in grid.runs}
-    if not all(file.is_file() for file in files.values()):
-        mixtures = {mixture_of(run) for run in grid.runs.values()} - {None}
-        make_data(args.output_dir, seeds, mixtures, grid.worlds)
-        MEASURES[grid.measure].prepare(args.output_dir, results)
+    try:
+        whole = Grid.read(args.config)
+        if args.world not in whole.worlds:
+            raise ValueError(f"{args.config} has the worlds {', '.join(whole.worlds)}, and no {args.world}")
+        grid = whole.only(args.runs or list(whole.runs))
+        seeds = args.seeds or grid.seeds
+        fingerprint = settle_clip(args.output_dir, results, args.clip)
+        runner = Runner(args.output_dir, results, args.jobs, flags)
+        runner.settle(grid)
+        files = {(name, seed): runner.result(name, seed) for seed in seeds for name in grid.runs}
+        if not all(file.is_file() for file in files.values()):
+            mixtures = {mixture_of(run) for run in grid.runs.values()} - {None}
+            make_data(args.output_dir, seeds, mixtures, grid.worlds)
+            MEASURES[grid.measure].prepare(args.output_dir, results)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"error: {error}")
     # Seed by seed, so that an interrupted grid has whole seeds, and each one's forms of stage I before the runs, which
     # would wait for them side by side.
     work = {}

@@ -59,13 +59,17 @@ class Grid:
         for what in ("claims", "stage2", "queries"):
             if not isinstance(content.get(what, {}), dict):
                 raise ValueError(f"{path}, {what}: names with what each has, {{}} for nothing, not {content[what]!r}")
-        if not isinstance(content["seeds"], list) or not all(type(seed) is int for seed in content["seeds"]):
-            raise ValueError(f"{path}: seeds is a list of whole numbers, not {content['seeds']!r}")
+        seeds = content["seeds"]
+        if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+            raise ValueError(f"{path}: seeds is a list of whole numbers, not {seeds!r}")
         for what in ("stage1", "runs"):
             for name, given in [(None, content[what]), *dict(content[what] or {}).items()]:
                 if not isinstance(given, dict):
                     where = what if name is None else f"{what}, {name!r}"
                     raise ValueError(f"{path}, {where}: names with what each has, {{}} for nothing, not {given!r}")
+        for what in ("stage1", "runs", "claims"):
+            if others := [name for name in content[what] if not isinstance(name, str)]:  # as 1000, or no
+                raise ValueError(f"{path}, {what}: names are texts, not {others}; put them in quotes")
         if str(content.get("measure", "retrieval")) not in MEASURES:
             raise ValueError(f"{path}: measure is one of {', '.join(MEASURES)}, not {content['measure']!r}")
         worlds = content.get("worlds", list(FURTHER))
@@ -90,7 +94,7 @@ class Grid:
                 allowed = {name: METHODS[name] for name in MEASURES[grid.measure].methods}
                 if run["method"] not in allowed or set(run) - allowed[run["method"]] - {"method"}:
                     raise ValueError(f"{path}, run {name!r}: methods and what they may have are {allowed}")
-            elif set(run) - {"stage1", "stage2", "triplets", *QUERIES} or str(run.get("stage1")) not in grid.stage1:
+            elif set(run) - {"stage1", "stage2", "triplets", *QUERIES} or run.get("stage1") not in list(grid.stage1):
                 raise ValueError(
                     f"{path}, run {name!r}: needs stage1, one of {list(grid.stage1)}, and at most stage2, triplets, "
                     + ", ".join(QUERIES)
@@ -102,10 +106,11 @@ class Grid:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}, run {name!r}: {error}") from error
         for claim, pair in grid.claims.items():
-            if not isinstance(pair, list) or len(pair) not in (2, 3) or not set(map(str, pair[:2])) <= set(grid.runs):
-                raise ValueError(f"{path}, claim {claim!r}: {pair} are not two of the runs {list(grid.runs)}")
+            names = list(grid.runs)
+            if not isinstance(pair, list) or len(pair) not in (2, 3) or any(name not in names for name in pair[:2]):
+                raise ValueError(f"{path}, claim {claim!r}: {pair} are not two of the runs {names}")
             known = (*(NOVELTIES if grid.measure == "retrieval" else ()), *MEASURES[grid.measure].shown)
-            if not set(map(str, pair[2:])) <= set(known):
+            if any(name not in known for name in pair[2:]):
                 raise ValueError(f"{path}, claim {claim!r}: {pair[2]!r} is none of {known}")
         return grid
 

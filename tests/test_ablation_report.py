@@ -13,7 +13,7 @@ from ablation_grid import MEASURES
 from ablation_measures import write_table
 from ablation_report import collect, report, summarise
 from conftest import ROOT
-from test_ablation import GRID
+from test_ablation_grid import GRID
 
 from miniature.compare import SHOWN
 
