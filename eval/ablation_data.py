@@ -128,7 +128,7 @@ def make_data(
     output: Path, seeds: list[int], mixtures: set[Mixture] = frozenset(), splits: Sequence[str] = tuple(FURTHER)
 ) -> None:
     """The benchmarks of these splits' worlds and, for each seed, captions and triplets of its own, unless they are
-    there. Training data show no scene of val, of test or of these splits.
+    there. Training data show no scene of val, of test, of these splits, or of others whose worlds lie there.
 
     Raises:
         `ValueError` if the folder was made for other splits, whose training data may show what these ask for.
@@ -139,7 +139,8 @@ def make_data(
             f"{output} was made for other worlds, and its training data may show scenes of {', '.join(missing)}; name "
             "another --output_dir"
         )
-    further = tuple(split for split in ALL_FURTHER if split in FURTHER or split in splits)
+    there = [split for split in ALL_FURTHER if (worlds / ALL_FURTHER[split][0]).is_dir()]
+    further = tuple(split for split in ALL_FURTHER if split in FURTHER or split in (*splits, *there))
     writers: dict[Path, Callable[[Path], None]] = {worlds: partial(build_further, splits=splits)}
     for seed in seeds:
         writers[of_seed(output, seed)] = partial(write_training_data, seed=seed, further=further)

@@ -68,6 +68,9 @@ def test_training_data_leave_out_the_worlds_that_a_grid_asks_for(monkeypatch, tm
     with pytest.raises(ValueError, match="last was made for other worlds"):
         ablation_data.make_data(tmp_path / "last", [4])
     assert len(left_out) == 2
+    for seed, splits in ((3, ["final", "last"]), (4, ["final"])):  # which both splits' worlds are read by
+        ablation_data.make_data(tmp_path / "both", [seed], splits=splits)
+    assert left_out[2:] == [("val", "test", "final", "last")] * 2
 
 
 def test_results_of_another_run_are_not_taken_for_this_ones(tmp_path):
