@@ -102,15 +102,20 @@ def settle_clip(output: Path, results: Path, clip: Path | None) -> str:
         `ValueError` if what either folder holds is of another CLIP.
     """
     own = clip_folder(output)
-    if not own.is_dir():
-        shutil.copytree(clip or CLIP, own)
+    given = own if own.is_dir() else clip or CLIP
     named = results / "clip.json"
     known = json.loads(named.read_text(encoding="utf-8"))["fingerprint"] if named.is_file() else None
     mine, others = (
-        backbone_fingerprint(TSCIRModel.from_clip_pretrained(folder).clip) for folder in (own, clip or own)
+        backbone_fingerprint(TSCIRModel.from_clip_pretrained(folder).clip) for folder in (given, clip or given)
     )
     if mine != others or known not in (mine, None):
-        raise ValueError(f"{output} is of the CLIP {mine}, {results} of {known}, and {others} is asked for")
+        held = mine if given == own else None
+        raise ValueError(f"{output} is of the CLIP {held}, {results} of {known}, and {others} is asked for")
+    if given != own:
+        part = own.with_name(f"{own.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(given, part)
+        part.rename(own)
     results.mkdir(parents=True, exist_ok=True)
     named.write_text(json.dumps({"fingerprint": mine}) + "\n", encoding="utf-8")
     return mine

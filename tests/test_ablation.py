@@ -262,6 +262,9 @@ def test_another_clip_has_folders_of_its_own(tmp_path, clip_dir, monkeypatch):
         settle_clip(output, results, CLIP)
     with pytest.raises(ValueError, match=fingerprint):
         settle_clip(tmp_path / "packaged", tmp_path / "new", clip_dir)
+    with pytest.raises(ValueError, match=fingerprint):
+        settle_clip(tmp_path / "fresh", results, None)
+    assert settle_clip(tmp_path / "fresh", results, clip_dir) == fingerprint  # which the refusal left as it was
     assert (tmp_path / "packaged/clip/model.safetensors").is_file()  # the package may go, what is trained stays whole
 
 
