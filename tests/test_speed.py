@@ -1,6 +1,7 @@
 """The benchmark's ways: each runs, and what the peers' way computes is what ours does."""
 
 import json
+from argparse import Namespace
 
 import benchmark
 import gpu
@@ -119,6 +120,22 @@ def test_a_way_that_fails_says_why(tmp_path):
         benchmark.in_turns({"ours": request | {"dtype": "float32", "sizes": {"rows": 1}}}, 1)
 
 
+def test_curves_of_another_shape_are_measured_anew(tmp_path, monkeypatch):
+    ratio = {"median": 0.5, "low": 0.5, "high": 0.5}
+    monkeypatch.setattr(benchmark, "write_inputs", lambda *_, photos: None)
+    monkeypatch.setattr(benchmark, "faster_precision", lambda *_: ("bfloat16", ratio))
+    for name in ("compare_with_clip", "compare_rankings", "import_times"):
+        monkeypatch.setattr(benchmark, name, lambda _: {})
+    monkeypatch.setattr(benchmark, "in_turns", lambda requests, _: {
+        way: {"seconds": [1.0] * 3, "peak_gib": 1.0} for way in requests})  # fmt: skip
+    curves = list(CURVES)[:2]
+    for clip, names in (("ViT-B/32", curves), ("ViT-L/14", curves[:1]), ("ViT-L/14", [])):
+        args = Namespace(shapes=[clip], works=[], curves=names, rounds=1)
+        figures = benchmark.measure(args, tmp_path, tmp_path / "figures.json")
+        found = {(point["curve"], point["shape"]) for point in figures["curves"]}
+        assert found == {(name, clip) for name in names or curves[:1]}
+
+
 def test_the_report_holds_what_was_measured(tmp_path):
     ratio = {"median": 2.5, "low": 2.0, "high": 3.0}
     line = {"work": "stage II step", "shape": "ViT-B/32", "rows": 32, "seconds": {"ours": 0.5}, "vs_peers": ratio}
@@ -132,7 +149,9 @@ def test_the_report_holds_what_was_measured(tmp_path):
     points = [
         {"curve": next(iter(CURVES)), "way": "ours", "size": s, "seconds": [1.0] * 3, "peak_gib": 1} for s in (1, 9)
     ]
+    points = [point | {"shape": "ViT-L/14"} for point in points]
     write_report(figures | {"curves": points}, tmp_path)
+    assert "\nViT-L/14; medians of three." in (tmp_path / "speed.md").read_text("utf-8")
     assert "| 500 ms | 2.50 (2.00 to 3.00) | 15, not reached |" in (tmp_path / "speed.md").read_text("utf-8")
     first, second = json.loads((tmp_path / "results.json").read_text("utf-8"))
     assert first["vs_peers"] == 2.5 and first["vs_limit"] is None and first["spread"]["vs_peers"] == [2.0, 3.0]

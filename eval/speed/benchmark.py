@@ -23,7 +23,7 @@ from pathlib import Path
 
 from precision import compare_rankings, compare_with_clip
 from setting import Setting, write_inputs
-from speed_report import machine, one_line, write_report
+from speed_report import machine, one_line, shape_of, write_report
 from works import CURVES, WORKS
 
 
@@ -208,7 +208,7 @@ def measure_curve(name: str, shape: str, dtype: str, folder: Path, rounds: int) 
         common["calls"] = CALLS if sizes["rows"] == 1 else 1
         ways = [way for way in curve.ways if way == "ours" or value <= curve.peers_until]
         for way, one in in_turns({way: common | {"way": way} for way in ways}, rounds).items():
-            points.append({"curve": name, "way": way, "size": value, **one})
+            points.append({"curve": name, "shape": shape, "way": way, "size": value, **one})
     return points
 
 
@@ -260,6 +260,8 @@ def measure(args: argparse.Namespace, folder: Path, path: Path) -> dict:
                 figures["works"].append(line)
                 keep()
                 print(one_line(line), flush=True)
+    if args.curves:  # of one shape all of them, as they share a table
+        figures["curves"] = [point for point in figures["curves"] if shape_of(point) == args.shapes[0]]
     for name in args.curves:
         if name not in {point["curve"] for point in figures["curves"]}:
             figures["curves"] += measure_curve(name, args.shapes[0], figures["dtype"], folder, 3)
