@@ -1,10 +1,11 @@
 """The published CLIPs' configurations, with random weights or none."""
 
 import json
+import subprocess
 
 import pytest
 import torch
-from backbones import check_contract, check_shapes, empty_model
+from backbones import check_contract, check_shapes, empty_model, main
 from clip_shapes import BACKBONES
 from transformers import CLIPConfig, CLIPTextModel, SiglipConfig, SiglipModel
 
@@ -31,6 +32,15 @@ def small(config: CLIPConfig) -> CLIPConfig:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_contract_on_small_ones(name, tmp_path):
     check_contract(small(BACKBONES[name]), tmp_path, torch.float32)
+
+
+def test_a_backbone_whose_process_is_killed_is_a_line_of_the_table(monkeypatch, capsys):
+    names = list(BACKBONES)[:2]
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr("backbones.subprocess.run", lambda *_, **__: killed)
+    monkeypatch.setattr("sys.argv", ["backbones.py", "--run", "float32", "--backbones", *names])
+    main()
+    assert capsys.readouterr().out.count("| fails: exit status -9 |  |") == 2
 
 
 @pytest.mark.slow

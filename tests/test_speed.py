@@ -191,6 +191,8 @@ def test_the_gpus_works_run_on_a_cpu_too(folder, fresh_accelerator, monkeypatch)
     assert told["stage II step", "as it is"]["forward_seconds"] > 0
     broken = measurement.add("a work", "tiny", 1, "none such", lambda: 1 / 0, 0.0)
     assert broken["failed"] == "ZeroDivisionError: division by zero"
+    silent = measurement.add("a work", "tiny", 1, "silent", lambda: next(iter(())), 0.0)
+    assert silent["failed"] == "StopIteration: "
     figures = {"device": "one", "versions": {"torch": "1", "transformers": "2"}, "product": 1e12, "peak": 1e12}
     text = gpu.report(figures | {"lines": measurement.lines})
     assert "| a work | tiny | 1 | none such | failed: ZeroDivisionError: division by zero |" in text

@@ -115,7 +115,8 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", name, "--run", args.run]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                cells += [f"fails: {done.stderr.strip().splitlines()[-1]}", ""]
+                told = done.stderr.strip().splitlines()  # of a process that was killed, as for memory, nothing
+                cells += [f"fails: {told[-1] if told else f'exit status {done.returncode}'}", ""]
             else:
                 ran = json.loads(done.stdout.splitlines()[-1])
                 cells += [f"{ran['peak']:.1f}", f"{ran['seconds']:.0f}"]

@@ -164,7 +164,7 @@ class Measurement:
             line |= timed(run, self.device, calls=20 if rows == 1 else 1) | more
             line |= {"rows_per_second": rows / line["seconds"], "flops_per_second": flops / line["seconds"]}
         except Exception as error:  # noqa: BLE001  (whatever a kernel or a compiler raises)
-            line["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            line["failed"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         self.lines.append(line)
         print(json.dumps(line), flush=True)
         return line
