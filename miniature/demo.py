@@ -84,6 +84,8 @@ def main() -> None:
     world = args.output_dir / "world"
     if args.output_dir.is_dir() and any(args.output_dir.iterdir()) and not is_world(world):
         sys.exit(f"error: {args.output_dir} holds something else than an earlier demo; name a new folder")
+    if not (args.clip / "config.json").is_file():
+        sys.exit(f"error: --clip {args.clip} holds no CLIP")
     print(f"drawing the world into {world}", flush=True)
     build(world, seed=args.seed)
     train_all(args.output_dir, world, args.seed, args.short, args.clip)

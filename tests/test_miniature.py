@@ -296,3 +296,10 @@ def test_folders_of_something_else_are_left_alone(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="work holds something else than an earlier demo"):
         demo.main()
     assert (tmp_path / "work/thesis.tex").read_text("utf-8") == "mine"
+
+
+def test_a_clip_that_is_not_there_costs_no_earlier_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "build", lambda world, seed: pytest.fail(f"{world} is drawn anew"))
+    monkeypatch.setattr("sys.argv", ["demo.py", "--output_dir", str(tmp_path / "new"), "--clip", "runs/sharp_klip"])
+    with pytest.raises(SystemExit, match="error: --clip runs/sharp_klip holds no CLIP"):
+        demo.main()
