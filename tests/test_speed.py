@@ -1,9 +1,11 @@
 """The benchmark's ways: each runs, and what the peers' way computes is what ours does."""
 
 import json
+import sys
 from argparse import Namespace
 
 import benchmark
+import gallery_building
 import gpu
 import numpy as np
 import pytest
@@ -196,6 +198,27 @@ def test_the_gpus_works_run_on_a_cpu_too(folder, fresh_accelerator, monkeypatch)
     figures = {"device": "one", "versions": {"torch": "1", "transformers": "2"}, "product": 1e12, "peak": 1e12}
     text = gpu.report(figures | {"lines": measurement.lines})
     assert "| a work | tiny | 1 | none such | failed: ZeroDivisionError: division by zero |" in text
+
+
+def test_photos_of_any_format_are_indexed_and_changed(tmp_path, monkeypatch, capsys):
+    names = ["a.PNG", "b.PNG", "c.PNG"]
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        (tmp_path / "photos" / name).write_text(name, "utf-8")
+    told, seen = {"pictures": 3, "first": names}, []
+    told |= dict.fromkeys(("seconds", "peak_mib", "before_mib", "search_ms"), 1.0)
+    told |= dict.fromkeys(("added", "changed", "unchanged", "removed"), 1)
+
+    def index(folder, gallery):
+        seen.append({path.name: path.read_text("utf-8") for path in folder.iterdir()})
+        return told
+
+    monkeypatch.setattr(gallery_building, "index", index)
+    monkeypatch.setattr(gallery_building, "command", lambda *_: [sys.executable, "-c", ""])
+    monkeypatch.setattr("sys.argv", ["gallery_building.py", "--folder", str(tmp_path / "photos")])
+    gallery_building.main()
+    assert seen[-1] == {"a.PNG": "b.PNG", "b.PNG": "b.PNG"} and len(seen) == 4
+    assert "| one file changed, one gone | 1.0 |" in capsys.readouterr().out
 
 
 def test_what_is_told_of_a_gpu_is_what_was_measured():

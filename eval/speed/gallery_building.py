@@ -47,7 +47,8 @@ start = time.perf_counter()
 cir.index(gallery)(text="a red star", top_k=10)
 print(json.dumps({"seconds": seconds, "before_mib": before, "peak_mib": peak, "pictures": len(gallery),
                   "added": report.added, "changed": report.changed, "unchanged": report.unchanged,
-                  "removed": report.removed, "search_ms": 1000 * (time.perf_counter() - start)}))
+                  "removed": report.removed, "search_ms": 1000 * (time.perf_counter() - start),
+                  "first": gallery.ids[:3]}))
 """
 
 
@@ -109,7 +110,7 @@ def main() -> None:
             "killed halfway and resumed": index(folder, gallery),
             "again, nothing changed": index(folder, gallery),
         }
-        files = sorted(path for path in folder.rglob("*") if path.suffix == ".jpg")
+        files = [folder / name for name in steps["again, nothing changed"]["first"]]
         shutil.copy(files[1], files[0])
         os.utime(files[0])
         files[2].unlink()
