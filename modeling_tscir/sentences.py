@@ -53,8 +53,8 @@ def embed_words(
 
 
 def of_tokens(states: torch.Tensor, places: torch.Tensor, shared: int) -> torch.Tensor:
-    """The state of each token, [S, L, d], of [T, d]; `places` [S, L] count through copies of the first `shared`, one for
-    each sentence, and then the others.
+    """The state of each token, [S, L, d], of [T, d]; `places` [S, L] count the first `shared` once for every sentence,
+    as copies, and then the others.
 
     The backward pass of taking one state for many tokens would add their gradients one by one in the states' own
     precision, and on a CPU in no order; that of copying sums them.
