@@ -44,9 +44,18 @@ def fingerprint_of_tensors(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
+class ModelNotFoundError(OSError, ValueError):
+    """There is no such model: an OSError for callers of `from_pretrained`, a sentence like any other for scripts."""
+
+
 def refuse_other_models(path: str, hub: dict) -> None:
     """Raise `ValueError` unless `path` has a TSCIR configuration that asks for no code but its own."""
-    content = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") > 1):
+        raise ModelNotFoundError(f"there is no folder {path}")
+    try:
+        content = PreTrainedConfig.get_config_dict(path, **hub)[0]
+    except OSError as error:
+        raise ModelNotFoundError(f"the model {path!r} cannot be found or read: {why_not(path, error)}") from error
     place = os.path.join(path, hub.get("subfolder") or "")
     if not content:
         raise ValueError(f"there is no config.json in {place}; name what TSCIR's training wrote")
@@ -126,7 +135,10 @@ def why_not(name: str, error: Exception) -> str:
     """In a sentence why a model cannot be read; what looks like a path and is none has little to do with the Hub."""
     if not os.path.exists(name) and (name.startswith((".", "~", os.sep)) or name.count("/") > 1):
         return f"there is no folder {name}"
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    told = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    if os.path.exists(name) or "local folder" in told:
+        return told
+    return f"there is no folder {name} here, and from the Hub: {told}"
 
 
 class BackboneNotFoundError(ValueError):

@@ -183,8 +183,6 @@ class CheckpointMixin:
         if path is None:
             return super().from_pretrained(path, *model_args, config=config, **kwargs)
         path = os.fspath(path)
-        if not os.path.isdir(path) and (os.path.isabs(path) or path.startswith(".") or path.count("/") > 1):
-            raise OSError(f"there is no folder {path}")
         hub = {k: kwargs[k] for k in HUB if k in kwargs}
         refuse_other_models(path, hub)
         refuse_other_forms(path, hub)
