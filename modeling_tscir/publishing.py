@@ -244,7 +244,10 @@ def read_results(path: str | os.PathLike, model) -> dict:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
         fingerprint, method, benchmark = found["model"]["trained_fingerprint"], found["method"], benchmark_of(found)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+    except OSError as error:
+        told = f"{path} cannot be read: {error.strerror}; name the results.json that an evaluation script wrote"
+        raise ValueError(told) from error
+    except (ValueError, KeyError, TypeError, StopIteration) as error:
         raise ValueError(
             f"{path} is no results.json of one evaluation script ({error!r}); eval/run_all.py writes those into a "
             "folder for each benchmark"

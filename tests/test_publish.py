@@ -350,10 +350,8 @@ def test_the_script_refuses(model_dir, tmp_path, monkeypatch):
         ([model_dir, "--repo_id", "a"], "is user/name"),
         ([model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "full"], "file or not empty"),
         ([model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "full/x"], "file or not empty"),
-        (
-            [model_dir, "--repo_id", "a/b", "--dry_run", tmp_path / "d", "--results", tmp_path / "r.json"],
-            "results.json",
-        ),
+        ([model_dir, "--repo_id", "a/b", "--results", "r.json"], "r.json cannot be read: No such file or directory; "),
+        ([model_dir, "--repo_id", "a/b", "--results", tmp_path], "cannot be read: Is a directory; name the results"),
         ([model_dir, "--repo_id", "a/b", "--benchmark_dataset", "cirr"], "cirr=owner/name"),
         ([model_dir, "--repo_id", "a/b", "--benchmark_dataset", "cir=o/n"], r"named for \['cir'\], but .* no bench"),
         ([damaged("training_arguments.json", "{"), "--repo_id", "a/b"], "training_arguments.json is damaged"),
