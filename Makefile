@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test ablation lint clean
 
-# torch first: an unpinned torch would bring gigabytes of CUDA libraries to machines that have no use for them.
+# PyPI's torch brings gigabytes of CUDA libraries. Machines without a GPU are spared them by
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu, whose 2.13.0+cpu pip prefers.
 $(BIN)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
