@@ -95,6 +95,10 @@ class SearchMixin:
 
 def check_search(queries: torch.Tensor, top_k: int, exclude: Sequence[str], dimensions: int) -> None:
     """Raise `ValueError` for arguments that cannot be searched with."""
+    if not isinstance(queries, torch.Tensor):
+        raise ValueError(
+            f"queries are a tensor of embeddings, as a pipeline's embed gives, not a {type(queries).__name__}"
+        )
     if queries.ndim != 2 or queries.shape[1] != dimensions:
         raise ValueError(f"queries are {tuple(queries.shape)}; this gallery wants [Q, {dimensions}]")
     if not isinstance(top_k, Integral) or top_k < 1:

@@ -20,7 +20,7 @@ from .files import (
     same_file,
 )
 from .gallery import Gallery, GalleryError
-from .images import EXTENSIONS, dataset_pictures
+from .images import EXTENSIONS, NOT_READ, dataset_pictures
 from .metadata import own_file, read_metadata, tidy
 
 
@@ -66,9 +66,15 @@ class Report:
             lines.append(f"{self.metadata_rows} rows of metadata.")
         if self.columns_left_out:
             lines.append(f"Not metadata, as they hold pictures, sound or bytes: {', '.join(self.columns_left_out)}.")
-        if self.other_files:
-            kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in self.other_files.items())
-            lines.append(f"{sum(self.other_files.values())} other files were not looked at: {kinds}.")
+        pictures = {kind: count for kind, count in self.other_files.items() if kind in NOT_READ}
+        others = {kind: count for kind, count in self.other_files.items() if kind not in NOT_READ}
+        for found, what, remedy in (
+            (pictures, "pictures of formats that are not read", " Store them as JPEG or PNG."),
+            (others, "other files were not looked at", ""),
+        ):
+            if found:
+                kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in found.items())
+                lines.append(f"{sum(found.values())} {what}: {kinds}.{remedy}")
         if self.unreadable:
             lines.append(f"{len(self.unreadable)} could not be used:")
             lines += [f"  {printable(bad['id'])}: {bad['reason']}" for bad in self.unreadable]

@@ -118,17 +118,7 @@ class MilvusGallery:
         gallery.add(images, model, processor, **options)
         return gallery
 
-    @classmethod
-    def load(cls, uri: str, model=None, processor=None) -> "MilvusGallery":
-        """Open a gallery; with model and processor, make sure that its embeddings are theirs, as [`Gallery.load`]
-        does."""
-        if (model is None) != (processor is None):
-            raise ValueError("a gallery is checked against a model and its processor: give both, or neither")
-        gallery = cls(uri)
-        if model is not None:
-            gallery.check(model, processor)
-        return gallery
-
+    load = classmethod(Gallery.load.__func__)
     check = Gallery.check
     folder = property(lambda self: self.uri)
 
@@ -216,11 +206,8 @@ class MilvusGallery:
         exclude: Sequence[str] = (),
         exact: bool = False,
     ) -> list[list[dict]]:
-        """As [`Gallery.search`]; which index answers is Milvus's affair, so `exact` changes nothing.
-
-        Raises:
-            ValueError: as there, and for more results than Milvus gives to one search.
-        """
+        """As [`Gallery.search`], for at most MAX_FOUND results; which index answers is Milvus's affair, so `exact`
+        changes nothing."""
         check_search(queries, top_k, exclude, self.info["dimensions"])
         if top_k > MAX_FOUND:
             raise ValueError(f"top_k is {top_k}, and Milvus gives at most {MAX_FOUND} results to one search")
@@ -248,13 +235,11 @@ class MilvusGallery:
                 # Pictures of the same bytes count once, so that more may be needed.
                 short = any(len(r) < top_k and len(f) == limit for r, f in zip(rows, found, strict=True))
                 if not short or limit == MAX_FOUND:
-                    if short:
-                        logger.warning(
-                            f"{self.uri}: Milvus gives {MAX_FOUND} pictures to one search, of which fewer "
-                            f"than {top_k} differ; more may be there"
-                        )
                     break
                 limit = min(MAX_FOUND, 4 * limit)
+            if short:
+                problem = f"Milvus gives {limit} pictures to one search, of which fewer than {top_k} differ"
+                logger.warning(f"{self.uri}: {problem}; more may be there")
             contents = sorted({hit["entity"]["content"] for hits in rows for hit in hits})
             same: dict[str, list[str]] = {}
             if contents:

@@ -1,3 +1,4 @@
+import re
 import sys
 from dataclasses import dataclass, field
 
@@ -97,11 +98,13 @@ def test_numbers_that_cannot_be_are_refused(change, message):
 
 
 def test_errors_for_the_user_end_a_script_without_a_traceback():
-    def main():
-        raise ValueError("the column is missing")
+    for error in (ValueError("the column is missing"), PermissionError(13, "Permission denied", "config.json")):
 
-    with pytest.raises(SystemExit, match="error: the column is missing"):
-        run_as_script(main)
+        def main(error=error):
+            raise error
+
+        with pytest.raises(SystemExit, match=f"error: {re.escape(str(error))}"):
+            run_as_script(main)
     with pytest.raises(ValueError, match="--on_bad_image must be error or skip, not ignore"):
         DataArguments(on_bad_image="ignore")
 

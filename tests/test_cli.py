@@ -92,6 +92,14 @@ def test_every_kind_of_query(run, indexed, picture_folder):
     assert len(ids(*composed, k=2)) == 2
 
 
+def test_pictures_of_formats_that_are_not_read_are_told_as_such(run, model_dir, picture_folder, tmp_path):
+    for name in ("a.HEIC", "b.heic", "notes.txt"):
+        (picture_folder / name).write_bytes(b"x")
+    _, _, err = run("index", picture_folder, "-o", tmp_path / "g", "--model", model_dir)
+    assert "2 pictures of formats that are not read: 2 .heic. Store them as JPEG or PNG." in err
+    assert "1 other files were not looked at: 1 .txt." in err
+
+
 def test_info(run, indexed):
     code, out, _ = run("info", indexed)
     assert code == 0 and "6 pictures" in out and "broken.jpg: not a picture" in out

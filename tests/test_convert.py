@@ -141,11 +141,11 @@ def test_what_is_no_such_checkpoint_is_refused(clip_dir, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"missing \['layers\.6\.bias'\]"):
         convert.read_mapper(path, searle)
     torch.save({"Phi": Image.new("RGB", (2, 2))}, path)  # any object but a tensor: not unpickled
-    with pytest.raises(ValueError, match="cannot be read as tensors alone"):
-        convert.read_mapper(path, searle)
-    path.write_bytes(b"garbage")
-    with pytest.raises(ValueError, match="cannot be read as tensors alone: "):
-        convert.read_mapper(path, searle)
+    for content in (path.read_bytes(), b"garbage"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no file of tensors alone") as told:
+            convert.read_mapper(path, searle)
+        assert "weights_only" not in str(told.value)  # torch's advice is to execute what a stranger wrote
     content = published("searle")
     content["Phi"]["layers.0.weight"] = content["Phi"]["layers.0.weight"][0]
     torch.save(content, path)

@@ -1,11 +1,13 @@
-"""What changes a gallery's folder, or makes one, and is stopped or met by another."""
+"""What changes a gallery's folder, or makes one, and is stopped or met by another, or refused."""
 
 import shutil
 import threading
 
 import numpy as np
 import pytest
-from conftest import noise
+from conftest import PICTURES, noise
+from datasets import Dataset
+from datasets import Image as DatasetImage
 
 from modeling_tscir import Gallery, GalleryError, gallery, gallery_export
 
@@ -107,3 +109,27 @@ def test_a_gallery_from_parquet_is_one_with_its_metadata_alone(make_gallery, pic
         Gallery(tmp_path / "half")
     again = Gallery.from_parquet(tmp_path / "all.parquet", tmp_path / "whole")
     assert again.metadata.loc["0.png", "price"] == 5 and again.ids == gallery.ids
+
+
+def test_a_gallery_of_another_precision_is_refused(make_gallery, stage2, processor):
+    gallery = make_gallery(dtype="float32")
+    with pytest.raises(GalleryError, match="stores float32, not float16; name a new one"):
+        make_gallery(dtype="float16")
+    for same in ("float32", None):
+        assert make_gallery(dtype=same).info["dtype"] == "float32"
+    assert Gallery.open_or_create(gallery.folder.with_name("new"), stage2, processor).info["dtype"] == "float16"
+
+
+def test_a_model_without_its_processor_is_told(make_gallery, stage2, processor):
+    folder = make_gallery().folder
+    for given in ({"model": stage2}, {"processor": processor}):
+        with pytest.raises(ValueError, match="give both, or neither"):
+            Gallery.load(folder, **given)
+
+
+def test_a_row_without_an_id_is_named(make_gallery, stage2, processor, picture_folder, tmp_path):
+    rows = Dataset.from_dict({"image": [str(picture_folder / name) for name in PICTURES[:3]], "id": ["a", None, None]})
+    gallery = Gallery.create(tmp_path / "rows", stage2, processor)
+    with pytest.raises(GalleryError, match=r"column 'id' is empty in row 1 \(2 rows\)"):
+        gallery.add(rows.cast_column("image", DatasetImage()), stage2, processor, progress=False)
+    assert len(gallery) == 0

@@ -173,8 +173,9 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
 
 
 def run_as_script(main: Callable[[], None]) -> None:
-    """`main`, whose `ValueError`s are sentences for the user: they end it without a traceback."""
+    """`main`, whose `ValueError`s are sentences for the user, as the system's errors are: they end it without a
+    traceback."""
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -68,7 +68,9 @@ def read_mapper(path: Path, known: Format) -> dict[str, torch.Tensor]:
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing") from error
     except Exception as error:  # whatever torch makes of bytes that are no checkpoint
-        raise ValueError(f"{path} cannot be read as tensors alone: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"{path} is no file of tensors alone ({type(error).__name__}), and no other is read"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get(known.entry), dict):
         found = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} has no {known.entry!r}, but {found}; is --format right?")
