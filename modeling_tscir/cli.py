@@ -227,10 +227,15 @@ def parse_condition(text: str) -> tuple[str, str, str]:
 
 def run_search(args: argparse.Namespace) -> int:
     from .files import printable
+    from .images import is_url
     from .milvus_gallery import open_gallery
 
     if not args.parts:
         raise ValueError("a query needs --image, --id or --text")
+    if args.top_k < 1:
+        raise ValueError(f"--top_k must be at least 1, not {args.top_k}")
+    if args.weight is not None and not -1 <= args.weight <= 1:
+        raise ValueError(f"--weight must be between -1 and 1, not {args.weight}")
     conditions = [parse_condition(text) for text in args.where]
     for path, known in ((args.html, (".html", ".htm")), (args.png, (".png", ".jpg", ".jpeg", ".webp"))):
         if path is not None and (path.suffix.lower() not in known or not path.parent.is_dir()):
@@ -238,12 +243,15 @@ def run_search(args: argparse.Namespace) -> int:
     gallery = open_gallery(args.gallery)
     if len(gallery) == 0:
         raise ValueError(f"{args.gallery} holds no pictures; index some: tscir index PHOTOS --output {args.gallery}")
+    for kind, value in args.parts:
+        if kind == "id" and value not in gallery:
+            raise ValueError(f"{args.gallery} holds no picture with the id {value!r}")
+        if kind == "image" and not is_url(value) and not os.path.exists(value):
+            raise ValueError(f"--image {value}: missing")
     cir = load_pipeline(model_of(gallery, args.model), args.precision)
     gallery.check(cir.model, cir.processor)
     content = []
     for kind, value in args.parts:
-        if kind == "id" and value not in gallery:
-            raise ValueError(f"{args.gallery} holds no picture with the id {value!r}")
         content.append(value if kind == "text" else {"image": gallery.source(value) if kind == "id" else value})
     queries = cir.embed(content=content, weight=args.weight)
     own = [value for kind, value in args.parts if kind == "id"]

@@ -147,7 +147,7 @@ def test_an_index_and_its_recall(run, indexed, picture_folder):
         (["search", "{g}", "--text", "a", "--html", "no/a.html"], "a folder that is there"),
         (["search", "{g}", "--text", "a", "--where", "price"], "write it as column=value"),
         (["search", "{g}", "--text", "a", "--where", "size=3"], "no column 'size'"),
-        (["search", "{g}", "--text", "a", "--weight", "3"], "weight must be between"),
+        (["search", "{g}", "--text", "a", "--weight", "3"], "--weight must be between"),
         (["search", "nowhere", "--text", "a"], "holds no gallery; make one with: tscir index"),
         (["index", "nowhere", "-o", "{g}"], "is not a folder"),
         (["index", "{p}", "-o", "{p}", "--model", "{m}"], "holds no gallery; name a new folder"),
@@ -169,6 +169,21 @@ def test_mistakes_are_one_sentence_each(run, indexed, picture_folder, model_dir,
     arguments = [a.format(g=indexed, p=picture_folder, m=model_dir) for a in arguments]
     code, out, err = run(*arguments)
     assert code == 2 and out == "" and message in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("--text", "a", "--weight", "3"), "--weight must be between -1 and 1, not 3.0"),
+        (("--text", "a", "-k", "0"), "--top_k must be at least 1, not 0"),
+        (("--id", "none", "--text", "a"), "no picture with the id 'none'"),
+        (("--image", "none.png", "--text", "a"), "--image none.png: missing"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(run, indexed, monkeypatch, asked, message):
+    monkeypatch.setattr(cli, "load_pipeline", lambda *given: pytest.fail("loaded"))
+    code, out, err = run("search", indexed, *asked)
+    assert code == 2 and out == "" and message in err
 
 
 def test_letters_of_other_languages_are_drawn():

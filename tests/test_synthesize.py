@@ -133,7 +133,7 @@ def test_filters_by_clip(data, tmp_path, clip_dir, capsys):
     with pytest.raises(SystemExit, match="pictures nearly identical"):
         run(data, tmp_path / "b", "--model_name_or_path", clip_dir, "--min_caption_fit", -1,
             "--max_image_similarity", -1)  # fmt: skip
-    with pytest.raises(SystemExit, match="caption does not tell them apart.*Lower --min_caption_gain"):
+    with pytest.raises(SystemExit, match="caption does not tell them apart.*lower --min_caption_gain"):
         run(
             data,
             tmp_path / "c",
@@ -222,7 +222,10 @@ def test_what_is_missing_is_named(data, tmp_path):
 
 def test_triplets_that_are_there_are_not_replaced_and_too_few_are_told(data, tmp_path, capsys):
     first = run(data, tmp_path / "out", "--num_triplets", "1000")
-    assert f"{len(first)} triplets are fewer than 1000; lower --min_similarity" in capsys.readouterr().err
+    assert (
+        f"{len(first)} triplets are fewer than 1000; lower --min_similarity or raise --max_similarity"
+        in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit, match="holds triplets already: choose another --output_dir"):
         run(data, tmp_path / "out")
     with pytest.raises(SystemExit):

@@ -219,7 +219,7 @@ def train(
             continue
         scheduler.step()
         progress.step += 1
-        log.step(progress.step, scheduler.get_last_lr()[0])
+        log.step(progress.step, scheduler.get_last_lr()[0], last=progress.step == total)
         saving = progress.step == total or (args.save_steps and progress.step % args.save_steps == 0)
         if saving or progress.step % args.logging_steps == 0:
             refuse_no_numbers(accelerator, terms, progress.step)
@@ -353,10 +353,10 @@ class Log:
         for name, value in terms.items():
             self.values.setdefault(name, []).append(value.detach() if torch.is_tensor(value) else value)
 
-    def step(self, step: int, learning_rate: float) -> None:
+    def step(self, step: int, learning_rate: float, last: bool) -> None:
         self.steps += 1
         self.bar.update()
-        if step % self.args.logging_steps:
+        if step % self.args.logging_steps and not last:
             return
         means = {name: float(sum(values) / len(values)) for name, values in self.values.items()}
         seconds = time.perf_counter() - self.start

@@ -244,11 +244,13 @@ def synthesize(args: argparse.Namespace) -> dict:
         raise ValueError(
             f"{args.language_model} wrote nothing usable for {read} pairs: {writing}; the last time: {writer.last}"
         )
-    lower = "--min_caption_gain or --min_caption_fit" if args.model_name_or_path else "--min_similarity"
+    remedy = "lower --min_similarity or raise --max_similarity"
+    if args.model_name_or_path is not None:
+        remedy = "lower --min_caption_gain or --min_caption_fit"
     if not kept:
-        raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}. Lower {lower}")
+        raise ValueError(f"no triplet was left of {len(pairs)} pairs; dropped: {dropped}; {remedy}")
     if len(kept) < args.num_triplets:
-        sys.stderr.write(f"{len(kept)} triplets are fewer than {args.num_triplets}; lower {lower} for more\n")
+        sys.stderr.write(f"{len(kept)} triplets are fewer than {args.num_triplets}; {remedy} for more\n")
     report = {"quality": args.quality, "left_out": left_out, "pairs": len(pairs), "dropped": dropped}
     report["writing"] = writing
     report |= diversity([text for *_, text, _ in kept], [kind for *_, kind in kept])
