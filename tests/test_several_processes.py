@@ -229,8 +229,8 @@ def test_two_processes_resume_stage_two_with_what_each_has_mined(data, stage1, p
     run_to_its_end(2, *command, "--output_dir", tmp_path / "whole")
     for step in (3, 6):
         resume = ["--resume_from_checkpoint", tmp_path / f"whole/checkpoint-{step}"]
-        run_to_its_end(2, *command, "--output_dir", tmp_path / "resumed", *resume)
-        whole, resumed = (load_file(tmp_path / name / "tscir_delta.safetensors") for name in ("whole", "resumed"))
+        run_to_its_end(2, *command, "--output_dir", tmp_path / f"from-{step}", *resume)
+        whole, resumed = (load_file(tmp_path / name / "tscir_delta.safetensors") for name in ("whole", f"from-{step}"))
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
