@@ -93,7 +93,8 @@ def embed_chunk(chunk: Chunk, model, dtype: torch.dtype, bar: tqdm) -> None:
         embeds = F.normalize(features.float(), dim=-1).to("cpu", dtype)
         if not torch.isfinite(embeds).all():  # such a row would stand before all others in every search
             names = ", ".join(row["id"] for row in chunk.rows[-len(pixels) :][:3])
-            remedy = "load it in float32" if model.dtype == torch.float16 else "are its weights whole?"
+            in_half = model.dtype == torch.float16
+            remedy = "load it in float32 (tscir: --precision float32)" if in_half else "are its weights whole?"
             raise GalleryError(f"the model gives NaN or infinite values for pictures such as {names}; {remedy}")
         chunk.embeds.append(embeds)
         bar.update(len(pixels))

@@ -223,10 +223,13 @@ def test_rows_that_are_numbered_are_not_those_of_another_dataset(pictures, stage
     assert (report.added, report.changed, report.unchanged) == (1, 1, 3)
 
 
-def test_embeddings_that_are_no_numbers_are_refused(make_gallery, stage2):
+@pytest.mark.parametrize(
+    ("dtype", "remedy"), [(torch.float32, "are its weights whole"), (torch.float16, "float32.*--precision float32")]
+)
+def test_embeddings_that_are_no_numbers_are_refused(make_gallery, stage2, dtype, remedy):
     with torch.no_grad():
-        stage2.clip.visual_projection.weight[0, 0] = torch.nan
-    with pytest.raises(GalleryError, match=r"NaN or infinite values for pictures such as 0\.png"):
+        stage2.to(dtype).clip.visual_projection.weight[0, 0] = torch.nan
+    with pytest.raises(GalleryError, match=rf"NaN or infinite values for pictures such as 0\.png.*{remedy}"):
         make_gallery()
 
 
