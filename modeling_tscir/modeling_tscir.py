@@ -1,5 +1,6 @@
 """TSCIRModel: a frozen CLIP, the pseudo-word mapper of stage I and the composing adapters of stage II."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ from .configuration_tscir import TSCIRConfig
 from .losses import composing_loss
 from .mapper import PseudoWordMapper, initialise_mapper_weights
 from .queries import QueryMixin
+
+
+PATCHES_AT_A_TIME = 1024  # of pictures on a CPU
 
 
 @dataclass
@@ -137,7 +141,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """Projected image features [B, D], CLIPModel's own to the bit (not normalised)."""
-        return self.clip.get_image_features(pixel_values=pixel_values, **kwargs).pooler_output
+        parts = self._parts(pixel_values)
+        return torch.cat([self.clip.get_image_features(pixel_values=x, **kwargs).pooler_output for x in parts])
 
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
@@ -159,8 +164,18 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         return F.normalize(features.float(), dim=-1).to(self.dtype)
 
     def _project(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.clip.vision_model(pixel_values=pixel_values)
-        return self.clip.visual_projection(output.pooler_output), output.last_hidden_state[:, 1:]
+        outputs = [self.clip.vision_model(pixel_values=part) for part in self._parts(pixel_values)]
+        features = torch.cat([self.clip.visual_projection(output.pooler_output) for output in outputs])
+        return features, torch.cat([output.last_hidden_state[:, 1:] for output in outputs])
+
+    def _parts(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What goes through the vision tower at a time: on a CPU about a thousand patches, as more take longer for
+        each, their memory being fetched anew in every layer; elsewhere, and where weights may lie on a disk, all."""
+        if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or hasattr(self, "hf_device_map"):
+            return (pixel_values,)
+        vision = self.config.clip_config.vision_config
+        patches = len(pixel_values) * (vision.image_size // vision.patch_size) ** 2
+        return pixel_values.chunk(max(1, math.ceil(patches / PATCHES_AT_A_TIME)))
 
     def get_pseudo_words(self, image_embeds: torch.Tensor, patch_states: torch.Tensor | None = None) -> torch.Tensor:
         """Pseudo-words [B, M, d_t] of images given by `encode_image`'s two outputs.

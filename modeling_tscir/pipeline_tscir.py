@@ -4,7 +4,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from numbers import Integral, Real
 
 import torch
@@ -310,15 +309,14 @@ class ComposedImageRetrievalPipeline(Pipeline):
                 [{"score": score, "id": self.gallery_ids[i], "row": i} for score, i in zip(*row, strict=True)]
                 for row in zip(scores.tolist(), indices.tolist(), strict=True)
             ]
+        if not return_images:
+            return [[{k: v for k, v in result.items() if k != "row"} for result in row] for row in results]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding leaves the interpreter's lock alone
-            finished = partial(self._finished, return_images=return_images)
-            return [list(pool.map(finished, row)) for row in results]
+            return [list(pool.map(self._finished, row)) for row in results]
 
-    def _finished(self, result: dict, return_images: bool) -> dict:
+    def _finished(self, result: dict) -> dict:
         """A result with its "image", or with None and the "problem" there is."""
         row = result.pop("row", None)
-        if not return_images:
-            return result
         try:
             picture = self.gallery.picture(result["id"]) if row is None else load_named(self.gallery_sources[row])
             return result | {"image": picture}

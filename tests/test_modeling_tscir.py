@@ -21,6 +21,21 @@ def test_plain_features_are_clips_own_to_the_bit(stage, request, clip, processor
 
 
 @torch.no_grad()
+def test_many_pictures_go_through_the_vision_tower_a_thousand_patches_at_a_time(stage1, clip):
+    pixels, sizes = torch.randn(150, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []  # of 16 patches each
+    stage1.clip.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    features, (embeds, patches) = stage1.get_image_features(pixels), stage1.encode_image(pixels)
+    assert sizes == [50, 50, 50] * 2
+    whole = clip.vision_model(pixel_values=pixels)
+    expected = clip.visual_projection(whole.pooler_output)
+    torch.testing.assert_close(features, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(embeds, torch.nn.functional.normalize(expected, dim=-1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(patches, whole.last_hidden_state[:, 1:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_pseudo_words_that_are_word_embeddings_give_clips_own_text_features(stage1, clip, processor):
     """The functional text forward against CLIP's own: put real words where pseudo-words go."""
     batch = processor.compose(["red", ""])
