@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .adapters import (
@@ -141,8 +142,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """Projected image features [B, D], CLIPModel's own to the bit (not normalised)."""
-        parts = self._parts(pixel_values)
-        return torch.cat([self.clip.get_image_features(pixel_values=x, **kwargs).pooler_output for x in parts])
+        seen = self._seen(pixel_values, **kwargs)
+        return self.clip.visual_projection(torch.cat([output.pooler_output for output in seen]))
 
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
@@ -164,18 +165,19 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         return F.normalize(features.float(), dim=-1).to(self.dtype)
 
     def _project(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outputs = [self.clip.vision_model(pixel_values=part) for part in self._parts(pixel_values)]
-        features = torch.cat([self.clip.visual_projection(output.pooler_output) for output in outputs])
-        return features, torch.cat([output.last_hidden_state[:, 1:] for output in outputs])
+        seen = self._seen(pixel_values)
+        features = self.clip.visual_projection(torch.cat([output.pooler_output for output in seen]))
+        return features, torch.cat([output.last_hidden_state[:, 1:] for output in seen])
 
-    def _parts(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What goes through the vision tower at a time: on a CPU about a thousand patches, as more take longer for
-        each, their memory being fetched anew in every layer; elsewhere, and where weights may lie on a disk, all."""
-        if pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or hasattr(self, "hf_device_map"):
-            return (pixel_values,)
-        vision = self.config.clip_config.vision_config
-        patches = len(pixel_values) * (vision.image_size // vision.patch_size) ** 2
-        return pixel_values.chunk(max(1, math.ceil(patches / PATCHES_AT_A_TIME)))
+    def _seen(self, pixel_values: torch.Tensor, **kwargs) -> list[BaseModelOutputWithPooling]:
+        """The vision tower's outputs, on a CPU of about a thousand patches each, as more of them take longer for each,
+        their memory being fetched anew in every layer; elsewhere, and where weights may lie on a disk, of all."""
+        parts = (pixel_values,)
+        if pixel_values.device.type == "cpu" and not (torch.compiler.is_compiling() or hasattr(self, "hf_device_map")):
+            vision = self.config.clip_config.vision_config
+            patches = len(pixel_values) * (vision.image_size // vision.patch_size) ** 2
+            parts = pixel_values.tensor_split(min(len(pixel_values), math.ceil(patches / PATCHES_AT_A_TIME)) or 1)
+        return [self.clip.vision_model(pixel_values=part, **kwargs) for part in parts]
 
     def get_pseudo_words(self, image_embeds: torch.Tensor, patch_states: torch.Tensor | None = None) -> torch.Tensor:
         """Pseudo-words [B, M, d_t] of images given by `encode_image`'s two outputs.
