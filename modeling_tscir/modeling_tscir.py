@@ -141,8 +141,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
     # ----- features
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Projected image features [B, D], CLIPModel's own (not normalised): to the bit, but for large batches on CPUs,
-        which are read in parts, within 1e-5 in fp32."""
+        """Projected image features [B, D], CLIPModel's own (not normalised): to the bit, but for large batches on
+        CPUs, which are read in parts, within 1e-5 in fp32."""
         seen = self._seen(pixel_values, **kwargs)
         return self.clip.visual_projection(torch.cat([output.pooler_output for output in seen]))
 
