@@ -208,7 +208,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()  # Pillow turns TIFF files by itself as it reads their pixels, and takes the tag away
     try:
         turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # whatever Pillow raises over such a block; what is wrong with the pixels is told later
+    except Exception:  # whatever Pillow raises over such a block; what is wrong with the pixels was told above
         return image
     return image if turn is None else image.transpose(turn)
 

@@ -144,7 +144,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         """Projected image features [B, D], CLIPModel's own (not normalised): to the bit, but for large batches on
         CPUs, which are read in parts, within 1e-5 in fp32."""
         seen = self._seen(pixel_values, **kwargs)
-        return self.clip.visual_projection(torch.cat([output.pooler_output for output in seen]))
+        return self.clip.visual_projection(joined([output.pooler_output for output in seen]))
 
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
@@ -167,16 +167,15 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
 
     def _project(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen = self._seen(pixel_values)
-        features = self.clip.visual_projection(torch.cat([output.pooler_output for output in seen]))
-        return features, torch.cat([output.last_hidden_state[:, 1:] for output in seen])
+        features = self.clip.visual_projection(joined([output.pooler_output for output in seen]))
+        return features, joined([output.last_hidden_state[:, 1:] for output in seen])
 
     def _seen(self, pixel_values: torch.Tensor, **kwargs) -> list[BaseModelOutputWithPooling]:
         """The vision tower's outputs, on a CPU of about a thousand patches each, as more of them take longer for each,
         their memory being fetched anew in every layer; elsewhere, and where weights may lie on a disk, of all."""
         parts = (pixel_values,)
         if pixel_values.device.type == "cpu" and not (torch.compiler.is_compiling() or hasattr(self, "hf_device_map")):
-            vision = self.config.clip_config.vision_config
-            patches = len(pixel_values) * (vision.image_size // vision.patch_size) ** 2
+            patches = pixel_values[:, 0].numel() / self.config.clip_config.vision_config.patch_size**2
             parts = pixel_values.tensor_split(min(len(pixel_values), math.ceil(patches / PATCHES_AT_A_TIME)) or 1)
         return [self.clip.vision_model(pixel_values=part, **kwargs) for part in parts]
 
@@ -238,6 +237,11 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
                 gce_q=self.config.gce_q,
             )
         return output if return_dict is not False else output.to_tuple()
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """All rows in one tensor; of a single part no copy is made."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def new_mapper(config: TSCIRConfig) -> PseudoWordMapper:

@@ -36,6 +36,26 @@ def test_many_pictures_go_through_the_vision_tower_a_thousand_patches_at_a_time(
 
 
 @torch.no_grad()
+def test_what_goes_through_the_vision_tower_at_once_is_not_copied(stage1, pictures, processor):
+    given, seen = processor(images=pictures)["pixel_values"], []
+    stage1.clip.vision_model.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+    _, patches = stage1.encode_image(given)
+    assert patches.untyped_storage().data_ptr() == seen[0].untyped_storage().data_ptr()
+
+
+@torch.no_grad()
+def test_larger_pictures_count_as_the_patches_they_are(stage1, clip):
+    pixels, sizes = torch.randn(50, 3, 64, 64, generator=torch.Generator().manual_seed(0)), []  # of 64 patches each
+    stage1.clip.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    features = stage1.get_image_features(pixels, interpolate_pos_encoding=True)
+    assert sizes == [13, 13, 12, 12]
+    expected = clip.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True).pooler_output
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_pseudo_words_that_are_word_embeddings_give_clips_own_text_features(stage1, clip, processor):
     """The functional text forward against CLIP's own: put real words where pseudo-words go."""
     batch = processor.compose(["red", ""])
