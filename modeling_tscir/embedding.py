@@ -13,6 +13,7 @@ from .images import ImageSource, Selected
 
 
 TEXTS_A_BATCH = 256
+BATCHES_OF_TEXTS = 64  # whose ids are held at once
 
 
 def batches_ahead(model) -> int:
@@ -96,13 +97,22 @@ def embed_images_with_patches(
 def embed_texts(
     model, processor, texts: Sequence[str], batch_size: int = TEXTS_A_BATCH, progress: bool | str = False
 ) -> torch.Tensor:
-    """L2-normalised embeddings [len(texts), D] of plain texts, fp32, on the CPU; like lengths share a batch."""
+    """L2-normalised embeddings [len(texts), D] of plain texts, fp32, on the CPU; texts of as many tokens share a
+    batch."""
     embeds = torch.empty(len(texts), model.config.clip_config.projection_dim, dtype=torch.float32)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for rows in tqdm(batches, desc=progress or None, disable=not progress, unit="batch"):
-        inputs = processor.tokenize([texts[i] for i in rows])
-        features = model.get_text_features(**{k: v.to(model.device) for k, v in inputs.items()})
+
+    def batches() -> Iterator[tuple[list[int], list[list[int]]]]:
+        for start in range(0, len(texts), batch_size * BATCHES_OF_TEXTS):
+            rows = range(start, min(start + batch_size * BATCHES_OF_TEXTS, len(texts)))
+            ids = dict(zip(rows, processor.token_ids([texts[row] for row in rows]), strict=True))
+            order = sorted(rows, key=lambda row: len(ids[row]))
+            for first in range(0, len(order), batch_size):
+                batch = order[first : first + batch_size]
+                yield batch, [ids[row] for row in batch]
+
+    for rows, ids in tracked(batches(), len(texts), batch_size, progress):
+        inputs = {k: v.to(model.device) for k, v in processor.padded(ids).items()}
+        features = model.get_text_features(**inputs)
         embeds[torch.tensor(rows)] = F.normalize(features.float(), dim=-1).cpu()
     return embeds
 

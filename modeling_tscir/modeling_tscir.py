@@ -28,7 +28,7 @@ from .mapper import PseudoWordMapper, initialise_mapper_weights
 from .queries import QueryMixin
 
 
-PATCHES_AT_A_TIME = 1024  # of pictures on a CPU
+TOKENS_AT_A_TIME = 1024  # patches of pictures, or tokens of texts, in a frozen tower on a CPU
 
 
 @dataclass
@@ -149,11 +149,16 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """Projected text features [B, D], CLIPModel's own to the bit (not normalised), whatever adapters there are."""
+        """Projected text features [B, D], CLIPModel's own (not normalised), whatever adapters there are: as near to
+        them as `get_image_features`."""
+        parts = 1 if kwargs else self._parts(input_ids, input_ids.numel())  # others may have rows of their own, or none
+        masks = [None] * parts if attention_mask is None else attention_mask.tensor_split(parts)
         with composing(self.clip.text_model, None):
-            return self.clip.get_text_features(
-                input_ids=input_ids, attention_mask=attention_mask, **kwargs
-            ).pooler_output
+            read = [
+                self.clip.text_model(input_ids=ids, attention_mask=mask, **kwargs).pooler_output
+                for ids, mask in zip(input_ids.tensor_split(parts), masks, strict=True)
+            ]
+        return self.clip.text_projection(joined(read))
 
     def encode_image(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """v(x) [B, D], L2-normalised, and P(x) [B, N, d_v], the last hidden states without CLS, in one pass."""
@@ -171,13 +176,18 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         return features, joined([output.last_hidden_state[:, 1:] for output in seen])
 
     def _seen(self, pixel_values: torch.Tensor, **kwargs) -> list[BaseModelOutputWithPooling]:
-        """The vision tower's outputs, on a CPU of about a thousand patches each, as more of them take longer for each,
-        their memory being fetched anew in every layer; elsewhere, and where weights may lie on a disk, of all."""
-        parts = (pixel_values,)
-        if pixel_values.device.type == "cpu" and not (torch.compiler.is_compiling() or hasattr(self, "hf_device_map")):
-            patches = pixel_values[:, 0].numel() / self.config.clip_config.vision_config.patch_size**2
-            parts = pixel_values.tensor_split(min(len(pixel_values), math.ceil(patches / PATCHES_AT_A_TIME)) or 1)
+        """The vision tower's outputs of a batch's parts."""
+        patches = pixel_values[:, 0].numel() / self.config.clip_config.vision_config.patch_size**2
+        parts = pixel_values.tensor_split(self._parts(pixel_values, patches))
         return [self.clip.vision_model(pixel_values=part, **kwargs) for part in parts]
+
+    def _parts(self, batch: torch.Tensor, tokens: float) -> int:
+        """In how many parts a tower reads a batch: on a CPU of about a thousand tokens each, as more of them take
+        longer for each, their memory being fetched anew in every layer; elsewhere, and where weights may lie on a
+        disk, in one."""
+        if batch.device.type != "cpu" or torch.compiler.is_compiling() or hasattr(self, "hf_device_map"):
+            return 1
+        return min(len(batch), math.ceil(tokens / TOKENS_AT_A_TIME)) or 1
 
     def get_pseudo_words(self, image_embeds: torch.Tensor, patch_states: torch.Tensor | None = None) -> torch.Tensor:
         """Pseudo-words [B, M, d_t] of images given by `encode_image`'s two outputs.

@@ -173,10 +173,12 @@ class TSCIRProcessor(ProcessorMixin):
 
     def tokenize(self, texts: list[str]) -> dict[str, torch.Tensor]:
         """Plain texts: input_ids and attention_mask [B, L], L the longest of the batch, at most 77."""
-        pieces = self._pieces(texts)
-        room = self.max_length - 2
-        rows = [[self.tokenizer.bos_token_id, *self._cut(ids, room), self.tokenizer.eos_token_id] for ids in pieces]
-        return self._pad(rows)
+        return self.padded(self.token_ids(texts))
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Ids of plain texts, each with its start and end, at most 77."""
+        pieces, room = self._pieces(texts), self.max_length - 2
+        return [[self.tokenizer.bos_token_id, *self._cut(ids, room), self.tokenizer.eos_token_id] for ids in pieces]
 
     def compose(self, texts: list[str], captions: list[str] | None = None) -> dict[str, torch.Tensor]:
         """Prompts with places for pseudo-words: input_ids, attention_mask and boolean pseudo_mask, [B, L].
@@ -196,7 +198,7 @@ class TSCIRProcessor(ProcessorMixin):
             row, start = self._prompt(ids, templates, caption_ids)
             rows.append(row)
             starts.append(start)
-        batch = self._pad(rows)
+        batch = self.padded(rows)
         places = torch.arange(batch["input_ids"].shape[1])[None, :]
         first = torch.tensor(starts)[:, None]
         count = self.num_pseudo_words if captions is None else 0
@@ -239,7 +241,7 @@ class TSCIRProcessor(ProcessorMixin):
                 mask += [text is None] * len(ids)
             rows.append([*row, self.tokenizer.eos_token_id])
             masks.append([*mask, False])
-        batch = self._pad(rows)
+        batch = self.padded(rows)
         width = batch["input_ids"].shape[1]
         batch["pseudo_mask"] = torch.tensor([mask + [False] * (width - len(mask)) for mask in masks])
         return batch
@@ -284,7 +286,8 @@ class TSCIRProcessor(ProcessorMixin):
         )
         return ids[:room]
 
-    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    def padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask [B, L] of token ids, right-padded to the longest."""
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
         return {

@@ -10,6 +10,41 @@ from modeling_tscir import ComposedImageRetrievalPipeline, TSCIRModel
 from modeling_tscir.embedding import embed_images, embed_images_with_patches, embed_queries, embed_texts
 
 
+@torch.no_grad()
+def test_texts_of_as_many_tokens_share_a_batch(stage1, processor, monkeypatch):
+    """However many letters they have: no padding is read that another order would spare."""
+    short, long = "red that" * 3, ". ," * 6
+    assert len(short) > len(long)
+    counts = [len(ids) for ids in processor.tokenize([short])["input_ids"].tolist()]
+    assert counts[0] < len(processor.tokenize([long])["input_ids"][0])
+    texts, shapes = [long, short, "red"] * 4, []
+    plain = stage1.get_text_features
+
+    def watched(input_ids, **inputs):
+        shapes.append(tuple(input_ids.shape))
+        return plain(input_ids, **inputs)
+
+    monkeypatch.setattr(stage1, "get_text_features", watched)
+    embeds = embed_texts(stage1, processor, texts, 4)
+    lengths = [len(processor.tokenize([text])["input_ids"][0]) for text in ("red", short, long)]
+    assert shapes == [(4, length) for length in lengths]
+    for text, embed in zip(texts, embeds, strict=True):
+        expected = torch.nn.functional.normalize(plain(**processor(text=text)), dim=-1)[0]
+        torch.testing.assert_close(embed, expected, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_many_texts_go_through_the_text_tower_a_thousand_tokens_at_a_time(stage1, clip, processor):
+    inputs, sizes = processor(text=["red that " * n for n in range(1, 13)] * 25), []
+    stage1.clip.text_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    features = stage1.get_text_features(**inputs)
+    assert max(sizes) <= 1024 < sum(sizes) and len(sizes) == -(-inputs["input_ids"].numel() // 1024)
+    expected = clip.get_text_features(**inputs).pooler_output
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+
+
 @pytest.fixture
 def half_by_default():
     """A switch; the dtype is torch's own again behind the test."""
