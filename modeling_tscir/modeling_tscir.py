@@ -151,7 +151,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
     ) -> torch.Tensor:
         """Projected text features [B, D], CLIPModel's own (not normalised), whatever adapters there are: as near to
         them as `get_image_features`."""
-        parts = 1 if kwargs else self._parts(input_ids, input_ids.numel())  # others may have rows of their own, or none
+        parts = 1 if kwargs else self._parts(input_ids, input_ids.numel())  # position_ids may be [1, L]
         masks = [None] * parts if attention_mask is None else attention_mask.tensor_split(parts)
         with composing(self.clip.text_model, None):
             read = [

@@ -124,3 +124,13 @@ def test_help_keeps_the_description_as_it_is_written(monkeypatch, capsys):
         parse_arguments(Arguments, description=f"Stage I.\n\n    {command}", required=())
     told = capsys.readouterr().out
     assert command in told and "(default: 0.1)" in told
+
+
+def test_help_tells_each_argument_once_and_no_default_that_is_none(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, description="x", required=("output_dir",))
+    told = capsys.readouterr().out
+    for name in ("output_dir", "learning_rate", "targets", "is_given"):
+        assert told.count(name) == 1 and name.replace("_", "-") not in told.replace(name, "")
+    assert "x (required)" in told and "(default: )" not in told and "(default: None)" not in told

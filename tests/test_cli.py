@@ -186,6 +186,16 @@ def test_mistakes_are_told_before_a_model_is_loaded(run, indexed, monkeypatch, a
     assert code == 2 and out == "" and message in err
 
 
+def test_metadata_that_cannot_be_read_is_told_before_a_model_is_loaded(run, picture_folder, model_dir, monkeypatch):
+    monkeypatch.setattr(cli, "load_pipeline", lambda *given: pytest.fail("loaded"))
+    index = "index", picture_folder, "-o", picture_folder.parent / "g", "--model", model_dir
+    code, out, err = run(*index, "--metadata", picture_folder / "none.csv")
+    assert code == 2 and out == "" and "none.csv cannot be read" in err
+    (picture_folder / "metadata.csv").write_text("name,price\na.png,3\n", "utf-8")
+    code, out, err = run(*index)
+    assert code == 2 and out == "" and "metadata.csv has no column file_name; it has name, price" in err
+
+
 def test_letters_of_other_languages_are_drawn():
     if font(13).getname()[0] == ImageFont.load_default(13).getname()[0]:
         pytest.skip("this system has none of the fonts")

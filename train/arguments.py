@@ -2,7 +2,7 @@
 
 import math
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -122,7 +122,14 @@ def _is_list(kind: type) -> bool:
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Every argument's default, and the description's lines as they are."""
+    """Every argument once, with its default if it has one, and the description's lines as they are."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name[2:]]  # dashes between words are taken, too
+        return f"{', '.join(names)} {self._format_args(action, 'VALUE')}".rstrip()
+
+    def _get_help_string(self, action: Action) -> str:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
 def parse_arguments(*classes: type, description: str, required: tuple[str, ...] = ()) -> tuple:
@@ -137,6 +144,8 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
         classes, usage=usage, description=description, formatter_class=HelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", help="YAML file of arguments; flags override it.")
+    for action in parser._actions:
+        action.help += " (required)" if action.dest in required else ""
     config = parser.parse_known_args()[0].config
     if config:
         try:
