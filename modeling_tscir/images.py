@@ -47,6 +47,7 @@ MAX_ELONGATION = 32
 PADDED_LINE = 2048
 URL_TIMEOUT_SECONDS = 20
 URL_MAX_BYTES = 64 * 2**20
+PICTURES_AT_A_TIME = 4096  # that wait to be checked
 
 ImageSource = str | os.PathLike | bytes | dict | Image.Image
 
@@ -349,14 +350,17 @@ def find_bad_images(sources: Sequence[ImageSource], ids: Sequence[str]) -> list[
             return str(error)
         return None
 
-    first = range(len(sources))
+    rows = first = range(len(sources))
     if isinstance(sources, (list, tuple)):  # in which one picture may stand twice, and two threads must not load it
         places: dict[int, int] = {}
         first = [places.setdefault(id(source), row) for row, source in enumerate(sources)]
-    rows = sorted(set(first))
+        rows = sorted(set(first))
+    bad: dict[int, str] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = dict(zip(rows, pool.map(reason, rows), strict=True))
-    return [(i, reasons[row]) for i, row in zip(ids, first, strict=True) if reasons[row] is not None]
+        for start in range(0, len(rows), PICTURES_AT_A_TIME):
+            some = rows[start : start + PICTURES_AT_A_TIME]
+            bad |= {row: why for row, why in zip(some, pool.map(reason, some), strict=True) if why is not None}
+    return [(i, bad[row]) for i, row in zip(ids, first, strict=True) if row in bad]
 
 
 def _decode_small(source: ImageSource) -> None:

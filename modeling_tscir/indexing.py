@@ -5,6 +5,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from .indexing_plan import Plan, Report, bytes_of, plan_dataset, plan_folder
 
 
 SHARD_SIZE = 2048
+# Of processes with one that is still at work, as one that lists files or builds an index is; torch's is ten minutes.
+PATIENCE = timedelta(hours=24)
 
 
 class Chunk:
@@ -161,7 +164,7 @@ class Processes:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState
 
-            self.state = PartialState(cpu=not torch.cuda.is_available())
+            self.state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank = self.state.process_index if self.state else 0
         self.count = self.state.num_processes if self.state else 1
         self.main = self.rank == 0

@@ -40,6 +40,37 @@ def test_checkpoints_hold_no_frozen_tensor_and_are_limited(launch, clip_dir, tmp
     assert len(list((tmp_path / "all").glob("checkpoint-*"))) == 3
 
 
+def test_a_run_killed_as_it_removes_checkpoints_leaves_no_half_of_one(tmp_path, monkeypatch):
+    def save_state(folder: str) -> None:
+        for name in ("weights", "state"):
+            Path(folder).mkdir(exist_ok=True)
+            Path(folder, name).write_text(folder, "utf-8")
+
+    main = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None, save_state=save_state)
+    rmtree, halves = shutil.rmtree, []
+
+    def killed_halfway(folder, **options):
+        if Path(folder).exists():
+            Path(folder, "weights").unlink(missing_ok=True)
+            halves.append(Path(folder).name)
+            raise KeyboardInterrupt
+        rmtree(folder, **options)
+
+    for step in (2, 4, 6):
+        save_checkpoint(main, str(tmp_path), step, 0)
+    for step, limit in ((4, 3), (5, 1)):  # gone on from 2: written anew, and one before later ones
+        monkeypatch.setattr(shutil, "rmtree", killed_halfway)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(main, str(tmp_path), step, limit)
+        monkeypatch.undo()
+        found = list_checkpoints(str(tmp_path))
+        assert tmp_path / f"checkpoint-{step}" in found
+        assert all({file.name for file in path.iterdir()} == {"weights", "state"} for path in found)
+        save_checkpoint(main, str(tmp_path), 6, 0)
+    assert len(halves) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+
+
 def test_a_full_disk_stops_a_run_and_keeps_the_last_good_checkpoint(launch, clip_dir, tmp_path, monkeypatch):
     whole = launch(stage1_script, clip_dir, tmp_path / "whole", "--max_steps", 6)
     save_state = Accelerator.save_state

@@ -3,12 +3,14 @@ import logging
 import os
 import shutil
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from modeling_tscir import images
 from modeling_tscir.images import (
     BadImagesError,
     find_bad_images,
@@ -269,3 +271,26 @@ def test_a_picture_that_stands_twice_is_checked_once(tmp_path):
     with Image.open(tmp_path / "b.png") as broken:
         bad = find_bad_images([broken, tmp_path / "a.png", broken], ["x", "y", "z"])
     assert [name for name, _ in bad] == ["x", "z"] and bad[0][1] == bad[1][1]
+
+
+def test_millions_of_pictures_are_checked_a_few_at_a_time(monkeypatch):
+    """Each that waits takes more than a kilobyte."""
+
+    class Many:
+        def __len__(self):
+            return 40_000
+
+        def __getitem__(self, row):
+            if row in (7, 39_999):
+                raise ValueError("gone")
+            return b""
+
+    monkeypatch.setattr(images, "_decode_small", lambda source: None)
+    names = range(40_000)
+    tracemalloc.start()
+    try:
+        bad = find_bad_images(Many(), names)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert bad == [(7, "gone"), (39_999, "gone")] and peak < 16 * 2**20

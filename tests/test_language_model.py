@@ -246,6 +246,35 @@ def test_how_long_an_answer_may_be_can_be_told(server):
     assert server.requests[0]["max_tokens"] == 2000
 
 
+def refusal(field: str) -> tuple:
+    error = {
+        "message": f"Unsupported: '{field}'",
+        "type": "invalid_request_error",
+        "param": field,
+        "code": "unsupported",
+    }
+    return 400, json.dumps({"error": error}), {}
+
+
+def test_what_a_models_endpoint_does_not_know_is_asked_its_way(server, write):
+    """As OpenAI's models that think first refuse `max_tokens` and any temperature but their own."""
+    found, report = write([refusal("max_tokens"), refusal("temperature"), GOOD], pairs=3, attempts=1)
+    assert found == ["make it red"] * 3 and report["written"] == 3 and "HTTP 400" not in report
+    sent = [set(request) - {"model", "messages"} for request in server.requests]
+    assert sent == [{"temperature", "max_tokens"}, {"temperature", "max_completion_tokens"},
+                    *[{"max_completion_tokens"}] * 3]  # fmt: skip
+    assert server.requests[-1]["max_completion_tokens"] == 120
+
+
+def test_a_field_that_is_refused_again_ends_the_attempt(server, write):
+    found, report = write([refusal("temperature")])
+    assert found == [None] and report == {"HTTP 400": 1, "given up": 1} and len(server.requests) == 2
+    for field in ("model", "messages", ""):
+        server.requests.clear()
+        found, report = write([refusal(field)])
+        assert found == [None] and report == {"HTTP 400": 1, "given up": 1} and len(server.requests) == 1
+
+
 def test_equal_pairs_are_asked_once(server, tmp_path):
     server.script = [GOOD]
     writer = Writer(Endpoint(server.url, "model"), tmp_path / "answers.jsonl")

@@ -8,19 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
+import loop
 import numpy as np
 import pytest
 import shared
 import torch
 import torch.nn.functional as F
+from arguments import LoopArguments
 from conftest import ROOT, noise, randomised
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 from shared import parts_of
+
+from modeling_tscir.indexing import Processes
 
 
 def torchrun(processes: int, *command) -> dict:
@@ -247,3 +252,22 @@ def captions(tmp_path):
     for shard in range(6):
         rows.shard(6, shard).to_parquet(tmp_path / "captions" / f"train-{shard}.parquet")
     return tmp_path / "captions"
+
+
+def test_processes_wait_longer_than_any_works_by_itself(monkeypatch, tmp_path):
+    """As one lists a folder of millions, or builds an index; torch's own patience is ten minutes on GPUs."""
+    given = []
+
+    def recorded(*places, **options):
+        given.append(options)
+        raise InterruptedError
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", recorded)
+    with pytest.raises(InterruptedError):
+        Processes()
+    monkeypatch.setattr(loop, "Accelerator", recorded)
+    with pytest.raises(InterruptedError):
+        loop.make_accelerator(LoopArguments(output_dir=str(tmp_path)))
+    patience = [given[0]["timeout"], given[1]["kwargs_handlers"][0].timeout]
+    assert min(patience) >= timedelta(hours=12)

@@ -147,14 +147,27 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
         accelerator.save_state(str(aside))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)  # of before, where an earlier one was gone on from
+        remove_replaced(output_dir)  # of a run that was killed as it did
+        if final.exists():  # of before, where an earlier one was gone on from
+            os.replace(final, replaced(final))
         os.replace(aside, final)
         # Later ones too, where an earlier was gone on from.
         others = [path for path in list_checkpoints(output_dir) if path != final]
         for old in others[: max(0, len(others) - limit + 1)] if limit > 0 else []:
-            shutil.rmtree(old)
+            os.replace(old, replaced(old))
+        remove_replaced(output_dir)
     accelerator.wait_for_everyone()
     return final
+
+
+def replaced(checkpoint: Path) -> Path:
+    """Where a checkpoint waits to be removed, so that half of it is never taken for one."""
+    return checkpoint.with_name(f"replaced-{checkpoint.name}")
+
+
+def remove_replaced(output_dir: str) -> None:
+    for folder in Path(output_dir).glob("replaced-checkpoint-*"):
+        shutil.rmtree(folder)
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:

@@ -40,11 +40,13 @@ class UnusableAnswer(ValueError):
 
 class EndpointError(RuntimeError):
     """The endpoint gave no answer. `.wait` is how many seconds it asks to be left alone, `.reason` what it says of it,
-    where it says so."""
+    `.refused` the field of the request that it does not know, where it says so."""
 
-    def __init__(self, message: str, wait: float | None = None, permanent: bool = False, reason: str = ""):
+    def __init__(
+        self, message: str, wait: float | None = None, permanent: bool = False, reason: str = "", refused: str = ""
+    ):
         super().__init__(message)
-        self.wait, self.permanent, self.reason = wait, permanent, reason
+        self.wait, self.permanent, self.reason, self.refused = wait, permanent, reason, refused
 
 
 def parse_modification(answer: str) -> str:
@@ -85,8 +87,20 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def refused_field(said: str) -> str:
+    """The request's field that an error in OpenAI's form names, or nothing."""
+    try:
+        field = json.loads(said)["error"]["param"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    return field if isinstance(field, str) else ""
+
+
 class Endpoint:
     """An OpenAI-compatible chat endpoint.
+
+    One that refuses `temperature` or `max_tokens`, as OpenAI's models that think first do, is asked without the first,
+    and for the second by its new name, `max_completion_tokens`.
 
     Args:
         url: up to `/v1`; `/chat/completions` is added.
@@ -107,17 +121,26 @@ class Endpoint:
     ):
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
         self.api_key = api_key and api_key.strip()
-        self.timeout, self.temperature, self.max_tokens = timeout, temperature, max_tokens
+        self.timeout, self.max_tokens = timeout, max_tokens
+        self.options = {"temperature": temperature, "max_tokens": max_tokens}
         self.opener = urllib.request.build_opener(NoRedirect)
 
     def __call__(self, prompt: str) -> tuple[str, dict]:
         """The answer's text, and the tokens it took. Raises `EndpointError`."""
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-        }
+        options = self.options
+        while True:
+            try:
+                return self._ask(prompt, options)
+            except EndpointError as error:
+                if error.refused not in ("temperature", "max_tokens") or error.refused not in options:
+                    raise
+                options = {name: value for name, value in options.items() if name != error.refused}
+                if error.refused == "max_tokens":
+                    options["max_completion_tokens"] = self.max_tokens
+                self.options = options
+
+    def _ask(self, prompt: str, options: dict) -> tuple[str, dict]:
+        body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **options}
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
@@ -129,12 +152,13 @@ class Endpoint:
             wait = float(wait) if re.fullmatch(r"\d+(\.\d+)?", wait) else None
             permanent = error.code not in (408, 409, 429) and error.code < 500
             try:
-                reason = " ".join(error.read(1000).decode("utf-8", "replace").split())[:300]
+                said = error.read(10_000).decode("utf-8", "replace")
             except (OSError, http.client.HTTPException):
-                reason = ""
+                said = ""
+            reason = " ".join(said.split())[:300]
             if error.code < 400:
                 reason = f"it has moved to {error.headers.get('Location')}"
-            raise EndpointError(f"HTTP {error.code}", wait, permanent, reason) from error
+            raise EndpointError(f"HTTP {error.code}", wait, permanent, reason, refused_field(said)) from error
         except (OSError, http.client.HTTPException) as error:
             raise EndpointError(f"no connection or timeout ({str(error) or type(error).__name__})") from error
         except ValueError as error:  # whose text may hold the key

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from arguments import LoopArguments
 from checkpoints import (
     BACKBONE,
@@ -37,6 +37,7 @@ from transformers.utils import logging
 from validation import Validation
 
 from modeling_tscir import TSCIRModel, TSCIRProcessor
+from modeling_tscir.indexing import PATIENCE
 from modeling_tscir.publishing import RECORD, read_record, versions
 
 
@@ -103,6 +104,7 @@ def make_accelerator(args: LoopArguments, *others) -> Accelerator:
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, automatic_checkpoint_naming=False),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     args.mixed_precision = accelerator.mixed_precision
     set_seed(args.seed)
