@@ -153,6 +153,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         them as `get_image_features`."""
         parts = 1 if kwargs else self._parts(input_ids, input_ids.numel())  # position_ids may be [1, L]
         masks = [None] * parts if attention_mask is None else attention_mask.tensor_split(parts)
+        kwargs["return_dict"] = True
         with composing(self.clip.text_model, None):
             read = [
                 self.clip.text_model(input_ids=ids, attention_mask=mask, **kwargs).pooler_output
@@ -179,6 +180,7 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
         """The vision tower's outputs of a batch's parts."""
         patches = pixel_values[:, 0].numel() / self.config.clip_config.vision_config.patch_size**2
         parts = pixel_values.tensor_split(self._parts(pixel_values, patches))
+        kwargs["return_dict"] = True
         return [self.clip.vision_model(pixel_values=part, **kwargs) for part in parts]
 
     def _parts(self, batch: torch.Tensor, tokens: float) -> int:

@@ -45,6 +45,17 @@ def test_many_texts_go_through_the_text_tower_a_thousand_tokens_at_a_time(stage1
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_a_clip_whose_configuration_asks_for_tuples_gives_features(stage1, clip, processor, pictures):
+    """As those that were made for TorchScript do."""
+    texts, images = processor(text=["red", "that red"]), processor(images=pictures)
+    expected = clip.get_text_features(**texts).pooler_output, clip.get_image_features(**images).pooler_output
+    for tower in (stage1.clip.text_model, stage1.clip.vision_model):
+        tower.config.return_dict = False
+    assert torch.equal(stage1.get_text_features(**texts), expected[0])
+    assert torch.equal(stage1.get_image_features(**images), expected[1])
+
+
 @pytest.fixture
 def half_by_default():
     """A switch; the dtype is torch's own again behind the test."""
