@@ -230,6 +230,7 @@ def parse_condition(text: str) -> tuple[str, str, str]:
 def run_search(args: argparse.Namespace) -> int:
     from .files import printable
     from .images import is_url
+    from .metadata import conditions_of
     from .milvus_gallery import open_gallery
 
     if not args.parts:
@@ -245,6 +246,7 @@ def run_search(args: argparse.Namespace) -> int:
     gallery = open_gallery(args.gallery)
     if len(gallery) == 0:
         raise ValueError(f"{args.gallery} holds no pictures; index some: tscir index PHOTOS --output {args.gallery}")
+    conditions_of(conditions, gallery.columns, args.gallery)  # refuses what is wrong with them
     for kind, value in args.parts:
         if kind == "id" and value not in gallery:
             raise ValueError(f"{args.gallery} holds no picture with the id {value!r}")
@@ -262,6 +264,9 @@ def run_search(args: argparse.Namespace) -> int:
         print(json.dumps(results, indent=2, default=str))
     else:
         print_table(results)
+    if conditions and not results:
+        asked = " ".join(f"--where {text!r}" for text in args.where)
+        tell(f"no picture meets {asked}; a value stands without quotes, and each --where holds one condition")
     if args.html or args.png:
         from .contact_sheet import write_html, write_png
 
@@ -302,7 +307,8 @@ def run_info(args: argparse.Namespace) -> int:
     duplicates = gallery.duplicates()
     unreadable = gallery.unreadable
     if args.json:
-        content = gallery.info | {"pictures": len(gallery), "duplicates": duplicates, "unreadable": unreadable}
+        content = gallery.info | {"pictures": len(gallery), "columns": gallery.columns, "duplicates": duplicates}
+        content["unreadable"] = unreadable
         print(json.dumps(content, indent=2))
         return 0
     print(f"{args.gallery}: {len(gallery)} pictures")
@@ -311,6 +317,8 @@ def run_info(args: argparse.Namespace) -> int:
     index = gallery.info.get("index")
     if index:
         print(f"index       {index['factory']}, recall@10 {index['recall_at_10']:.3f} against exact search")
+    columns = ", ".join(f"{printable(name)} ({kind})" for name, kind in gallery.columns.items())
+    print(f"metadata    {columns or 'none'}")
     print(f"duplicates  {sum(len(group) - 1 for group in duplicates)} pictures have another's bytes")
     for group in duplicates[:10]:
         print(f"  {' = '.join(map(printable, group))}")

@@ -31,7 +31,7 @@ from .gallery_rows import Rows
 from .gallery_search import SearchMixin
 from .gallery_writing import WritingMixin
 from .images import load_image
-from .metadata import from_arrow
+from .metadata import from_arrow, kinds_of
 from .shards import (
     SCHEMA,
     GalleryError,
@@ -315,6 +315,11 @@ class Gallery(SearchMixin, WritingMixin, IndexMixin):
             except (OSError, KeyError, pa.ArrowInvalid) as error:
                 raise GalleryError(f"{path} cannot be read ({error}); remove it and index again") from error
         return self._metadata
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The metadata's columns and their kinds, by name."""
+        return kinds_of(self.metadata)
 
     def dataset(self):
         """The gallery as a `datasets.Dataset`: id, path, content, the metadata, and "embedding"."""

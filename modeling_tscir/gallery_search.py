@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from .exact_search import search_exactly
-from .metadata import Where, conditions_of, kinds_of, matching, values_of
+from .metadata import Where, conditions_of, matching, values_of
 from .ranking import full_precision
 
 
@@ -76,7 +76,7 @@ class SearchMixin:
             return self._everything
         allowed = self.rows.live
         if where:
-            conditions = conditions_of(where, kinds_of(self.metadata), str(self))
+            conditions = conditions_of(where, self.columns, str(self))
             found = self.rows.of(matching(self.metadata, conditions))
             allowed = np.zeros(len(self.rows.live), dtype=bool)
             allowed[found[found >= 0]] = True

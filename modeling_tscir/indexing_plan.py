@@ -11,6 +11,7 @@ import pandas as pd
 
 from .files import (
     FileList,
+    Found,
     content_digest,
     find_files,
     gone_from,
@@ -21,7 +22,7 @@ from .files import (
 )
 from .gallery import Gallery, GalleryError
 from .images import EXTENSIONS, NOT_READ, dataset_pictures
-from .metadata import own_file, read_metadata, tidy
+from .metadata import MetadataError, own_file, read_metadata, tidy
 
 
 @dataclass
@@ -167,6 +168,7 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
     todo, replacing = found.files.new_or_changed()
     described = set()
     if frame is not None:
+        refuse_other_names(frame.index, found, gallery, root, prefix, own if metadata is None else metadata)
         named = named_by(root, prefix)
         described = found.files.ids() | {name for name, path in found.files.before() if named(name, path)}
     return Plan(
@@ -180,6 +182,26 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
         unreadable=found.unreadable,
         linked=found.linked,
         other_files=dict(found.other.most_common()),
+    )
+
+
+def refuse_other_names(
+    names: Sequence[str],
+    found: Found,
+    gallery: Gallery,
+    root: str | os.PathLike,
+    prefix: str,
+    source: str | os.PathLike,
+) -> None:
+    """Raise `MetadataError` for metadata of which not one row has a picture, which would replace all there are."""
+    known = found.files.ids() | {bad["id"] for bad in found.unreadable}
+    if len(names) == 0 or not known.isdisjoint(names) or len(gallery.unknown(names)) < len(names):
+        return
+    given, there = (
+        ", ".join(repr(printable(name.removeprefix(prefix))) for name in sorted(some)[:3]) for some in (names, known)
+    )
+    raise MetadataError(
+        f"{source} names no picture of {root}: {given}; file_name is a path within the folder, such as {there}"
     )
 
 

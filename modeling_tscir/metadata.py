@@ -184,6 +184,11 @@ def kinds_of(frame: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def with_texts(metadata: dict, columns: set[str]) -> dict:
+    """A picture's metadata with the values of some columns as texts."""
+    return {name: as_text(value) if name in columns else value for name, value in metadata.items()}
+
+
 def conditions_of(where: Where | None, kinds: dict[str, str], gallery: str) -> list[Condition]:
     """What a caller asks for, checked and with values of the columns' kinds.
 

@@ -18,7 +18,7 @@ from .files import File
 from .gallery import FORMAT, Gallery, fingerprint_of
 from .gallery_search import check_search
 from .images import load_image
-from .metadata import Where, as_text, conditions_of, kinds_of, values_of
+from .metadata import Where, as_text, conditions_of, kinds_of, values_of, with_texts
 from .milvus import among, as_filter, connect, holds_gallery, is_milvus, parts_of, quoted, told
 from .shards import GalleryError
 
@@ -196,6 +196,11 @@ class MilvusGallery:
             groups.setdefault(row["content"], []).append(row["id"])
         return sorted(sorted(group) for group in groups.values() if len(group) > 1)
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """As [`Gallery.columns`]."""
+        return self.info.get("columns", {})
+
     # ----- search
 
     def search(
@@ -214,7 +219,7 @@ class MilvusGallery:
         top_k = int(top_k)
         if not len(queries):
             return []
-        asked = conditions_of(where, self.info.get("columns", {}), self.uri)
+        asked = conditions_of(where, self.columns, self.uri)
         if any(condition.operator == "in" and not condition.value for condition in asked):
             return [[] for _ in queries]
         filters = [as_filter(condition) for condition in asked]
@@ -255,7 +260,7 @@ class MilvusGallery:
             "id": hit["id"],
             "path": os.fsdecode(unquote_to_bytes(entity["path"])),
             "duplicates": sorted(name for name in same[entity["content"]] if name != hit["id"]),
-            "metadata": dict.fromkeys(self.info.get("columns", {})) | dict(entity["metadata"]),
+            "metadata": dict.fromkeys(self.columns) | dict(entity["metadata"]),
         }
 
     @staticmethod
@@ -342,7 +347,7 @@ class MilvusGallery:
         """Put `frame`'s rows, by id, in place of those of its ids and of `replaced`; keep that of other pictures."""
         if frame is None:
             return
-        columns, kinds = self.info.get("columns", {}), kinds_of(frame)
+        columns, kinds = self.columns, kinds_of(frame)
         kinds = {name: kind for name, kind in kinds.items() if name not in columns or frame[name].notna().any()}
         ids = sorted(replaced | set(frame.index))
         if other := {name for name, kind in kinds.items() if columns.get(name, kind) != kind}:
@@ -387,11 +392,6 @@ class MilvusGallery:
 
     def rebuild_index(self) -> None:
         """Milvus keeps its own."""
-
-
-def with_texts(metadata: dict, columns: set[str]) -> dict:
-    """A picture's metadata with the values of some columns as texts."""
-    return {name: as_text(value) if name in columns else value for name, value in metadata.items()}
 
 
 def open_gallery(name: str | os.PathLike) -> Gallery | MilvusGallery:

@@ -103,7 +103,9 @@ def test_pictures_of_formats_that_are_not_read_are_told_as_such(run, model_dir, 
 def test_info(run, indexed):
     code, out, _ = run("info", indexed)
     assert code == 0 and "6 pictures" in out and "broken.jpg: not a picture" in out
-    assert json.loads(run("info", indexed, "--json")[1])["pictures"] == 6
+    assert "metadata    price (number), colour (text)" in out
+    told = json.loads(run("info", indexed, "--json")[1])
+    assert told["pictures"] == 6 and told["columns"] == {"price": "number", "colour": "text"}
 
 
 def test_a_plain_clip_answers_training_free_and_says_so(run, clip_dir, picture_folder, tmp_path):
@@ -178,6 +180,8 @@ def test_mistakes_are_one_sentence_each(run, indexed, picture_folder, model_dir,
         (("--text", "a", "-k", "0"), "--top_k must be at least 1, not 0"),
         (("--id", "none", "--text", "a"), "no picture with the id 'none'"),
         (("--image", "none.png", "--text", "a"), "--image none.png: missing"),
+        (("--text", "a", "--where", "size=3"), "no column 'size' in"),
+        (("--text", "a", "--where", "price<x"), "cannot be compared with 'x'"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(run, indexed, monkeypatch, asked, message):
@@ -194,6 +198,14 @@ def test_metadata_that_cannot_be_read_is_told_before_a_model_is_loaded(run, pict
     (picture_folder / "metadata.csv").write_text("name,price\na.png,3\n", "utf-8")
     code, out, err = run(*index)
     assert code == 2 and out == "" and "metadata.csv has no column file_name; it has name, price" in err
+
+
+def test_conditions_that_no_picture_meets_are_told(run, indexed):
+    code, out, err = run("search", indexed, "--text", "a", "--where", 'colour="red"', "--where", "price>5")
+    assert code == 0 and out.strip().endswith("nothing found")
+    assert "no picture meets --where 'colour=\"red\"' --where 'price>5'; a value stands without quotes" in err
+    code, out, err = run("search", indexed, "--text", "a", "--where", "colour=red")
+    assert code == 0 and len(out.splitlines()) == 3 and "no picture meets" not in err
 
 
 def test_letters_of_other_languages_are_drawn():

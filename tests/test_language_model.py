@@ -240,6 +240,23 @@ def test_no_reply_ends_the_run(tmp_path, reply):
     assert found == ["make it red"] * 2 and Handler.count == 3
 
 
+def test_an_answer_that_was_cut_off_is_told_as_such(server, write, tmp_path):
+    """As of a model that used up its tokens by thinking."""
+    cut = {"choices": [{"message": {"content": ""}, "finish_reason": "length"}], "usage": {"completion_tokens": 120}}
+    found, report = write([(201, json.dumps(cut), {})], attempts=2)
+    assert found == [None] and report["completion_tokens"] == 240
+    assert report["unusable answer: cut off at 120 tokens, and --max_tokens allows more"] == 2
+    whole = {"choices": [{"message": {"content": GOOD}, "finish_reason": "length"}]}
+    assert write([(201, json.dumps(whole), {})], pairs=2, attempts=2)[0] == [None, "make it red"]
+
+
+def test_what_to_do_about_unusable_answers_of_a_run_before_is_told(server, write, tmp_path):
+    write(["no"], attempts=2)
+    writer = Writer(Endpoint(server.url, "model"), tmp_path / "answers.jsonl", 2)
+    assert list(writer.write([("a star 0", "a ring")])) == [None]
+    assert writer.last == "unusable answers of a run before; --attempts above 2 asks again"
+
+
 def test_how_long_an_answer_may_be_can_be_told(server):
     server.script = [GOOD]
     Endpoint(server.url, "model", max_tokens=2000)("x")

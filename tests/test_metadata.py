@@ -7,7 +7,7 @@ import pytest
 from conftest import noise
 
 from modeling_tscir import Gallery
-from modeling_tscir.metadata import conditions_of, kinds_of, matching, read_metadata
+from modeling_tscir.metadata import MetadataError, conditions_of, kinds_of, matching, read_metadata
 
 
 LONG = 9007199254740993  # which a float does not hold
@@ -70,6 +70,17 @@ def test_unsigned_numbers_and_whole_ones_beside_fractions_are_numbers(tmp_path):
     frame = read_metadata(tmp_path, None, "")
     assert kinds_of(frame) == {"hash": "number", "x": "number"}
     assert frame["hash"].dropna().tolist() == [2**63 + 5, 17] and frame["x"].dropna().tolist() == [2.0**53, 2.5]
+
+
+def test_metadata_of_no_picture_at_all_are_refused_and_the_old_stay(make_gallery, picture_folder, stage2, processor):
+    pd.DataFrame({"file_name": ["below/1.png"], "price": [3]}).to_csv(picture_folder / "metadata.csv", index=False)
+    gallery, given = make_gallery(), picture_folder.parent / "named.csv"
+    pd.DataFrame({"file_name": ["1.png", "9.png"], "price": [5, 6]}).to_csv(given, index=False)
+    with pytest.raises(MetadataError, match=r"named.csv names no picture of .*: '1.png', '9.png'; .* such as '.*png'"):
+        gallery.add(picture_folder, stage2, processor, metadata=given, progress=False)
+    assert Gallery(gallery.folder).metadata.to_dict("index") == {"below/1.png": {"price": 3}}
+    report = gallery.add(picture_folder / "below", stage2, processor, prefix="b/", metadata=given, progress=False)
+    assert report.metadata_without_picture == ["b/9.png"]
 
 
 def test_pictures_of_a_dataset_are_no_metadata(stage2, processor, tmp_path):

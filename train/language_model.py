@@ -126,7 +126,7 @@ class Endpoint:
         self.opener = urllib.request.build_opener(NoRedirect)
 
     def __call__(self, prompt: str) -> tuple[str, dict]:
-        """The answer's text, and the tokens it took. Raises `EndpointError`."""
+        """The answer's text, and the tokens it took, with its `finish_reason`. Raises `EndpointError`."""
         options = self.options
         while True:
             try:
@@ -165,12 +165,13 @@ class Endpoint:
             raise EndpointError("an API key or an address that cannot be sent", permanent=True) from error
         try:
             content = json.loads(received)
-            answer, usage = content["choices"][0]["message"]["content"] or "", content.get("usage")
+            choice, usage = content["choices"][0], content.get("usage")
+            answer = choice["message"]["content"] or ""
             if not isinstance(answer, str):
                 raise TypeError(f"content is {answer!r}")
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise EndpointError("an answer that is no chat completion") from error
-        return answer, usage if isinstance(usage, dict) else {}
+        return answer, {"finish_reason": choice.get("finish_reason")} | (usage if isinstance(usage, dict) else {})
 
 
 class ChatModel:
@@ -271,7 +272,7 @@ class Writer:
         before = self.unusable[key, self.max_tokens]
         left = self.attempts - before
         if left < 1:
-            self.last = self.last or "unusable answers of a run before; more attempts ask again"
+            self.last = self.last or f"unusable answers of a run before; --attempts above {self.attempts} asks again"
             return None, GIVEN_UP
         for attempt in range(left):
             wait = self.first_wait * 2**attempt
@@ -284,8 +285,11 @@ class Writer:
                 return text, counts + Counter({"written": 1})
             except UnusableAnswer as error:
                 self.unusable[key, self.max_tokens] += 1
-                counts[f"unusable answer: {error}"] += 1
-                self.last = f"{error} in {answer[:200]!r}"
+                why = str(error)
+                if usage.get("finish_reason") == "length":
+                    why = f"cut off at {self.max_tokens} tokens, and --max_tokens allows more"
+                counts[f"unusable answer: {why}"] += 1
+                self.last = f"{why}: {answer[:200]!r}"
                 wait = 0.0  # asking again at once may well help
             except EndpointError as error:
                 counts[str(error)] += 1
