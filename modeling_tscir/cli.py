@@ -164,6 +164,7 @@ def run_index(args: argparse.Namespace) -> int:
     from .gallery import Gallery
     from .gallery_index import empty
     from .indexing import Processes
+    from .indexing_plan import checked_prefix
     from .metadata import read_metadata
     from .milvus import holds_gallery, is_milvus
     from .milvus_gallery import MilvusGallery, open_gallery
@@ -177,8 +178,9 @@ def run_index(args: argparse.Namespace) -> int:
             raise ValueError("--index is for galleries in folders; Milvus keeps an index of its own")
     elif taken := nearest_file(Path(args.output)):
         raise ValueError(f"--output {args.output}: {taken} is a file; name a folder")
-    read_metadata(args.folder, args.metadata, args.prefix)  # refuses what is wrong with it, before any work
     processes = Processes()  # before the model, as it chooses each process's GPU
+    # Refuses what is wrong with metadata before any work.
+    processes.same(lambda: read_metadata(args.folder, args.metadata, checked_prefix(args.prefix)) is None)
     there = holds_gallery if is_milvus(args.output) else lambda folder: (Path(folder) / "gallery.json").is_file()
     name = args.model or model_of(open_gallery(args.output) if there(args.output) else None, None)
     cir = load_pipeline(name, args.precision)

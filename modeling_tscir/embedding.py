@@ -99,12 +99,19 @@ def embed_texts(
 ) -> torch.Tensor:
     """L2-normalised embeddings [len(texts), D] of plain texts, fp32, on the CPU; texts of as many tokens share a
     batch."""
+    if batch_size < 1:
+        raise ValueError(f"a batch needs at least one text, not {batch_size}")
     embeds = torch.empty(len(texts), model.config.clip_config.projection_dim, dtype=torch.float32)
 
     def batches() -> Iterator[tuple[list[int], list[list[int]]]]:
         for start in range(0, len(texts), batch_size * BATCHES_OF_TEXTS):
             rows = range(start, min(start + batch_size * BATCHES_OF_TEXTS, len(texts)))
-            ids = dict(zip(rows, processor.token_ids([texts[row] for row in rows]), strict=True))
+            ids: dict[int, list[int]] = {}
+            for first in range(
+                0, len(rows), TEXTS_A_BATCH
+            ):  # before they are cut, long texts have ids by the thousand
+                some = rows[first : first + TEXTS_A_BATCH]
+                ids |= zip(some, processor.token_ids([texts[row] for row in some]), strict=True)
             order = sorted(rows, key=lambda row: len(ids[row]))
             for first in range(0, len(order), batch_size):
                 batch = order[first : first + batch_size]

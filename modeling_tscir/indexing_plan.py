@@ -150,11 +150,7 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
         GalleryError: if the folder cannot be read, holds no picture, or has an id that another file has.
         MetadataError: if its metadata cannot be used.
     """
-    try:
-        prefix.encode()
-    except UnicodeEncodeError as error:
-        raise GalleryError(f"prefix {prefix!r} is no text: {error}") from error
-    frame = read_metadata(root, metadata, prefix)
+    frame = read_metadata(root, metadata, checked_prefix(prefix))
     found = find_files(root, prefix)
     if not found.files and not found.unreadable:
         raise GalleryError(f"{root} holds no picture ({', '.join(sorted(EXTENSIONS))})")
@@ -183,6 +179,15 @@ def plan_folder(gallery: Gallery, root: str | os.PathLike, prefix: str, metadata
         linked=found.linked,
         other_files=dict(found.other.most_common()),
     )
+
+
+def checked_prefix(prefix: str) -> str:
+    """A prefix of ids, or a `GalleryError` for one that is no text."""
+    try:
+        prefix.encode()
+    except UnicodeEncodeError as error:
+        raise GalleryError(f"prefix {prefix!r} is no text: {error}") from error
+    return prefix
 
 
 def refuse_other_names(

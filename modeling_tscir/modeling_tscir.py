@@ -151,7 +151,8 @@ class TSCIRModel(CheckpointMixin, AdapterMixin, QueryMixin, PreTrainedModel):
     ) -> torch.Tensor:
         """Projected text features [B, D], CLIPModel's own (not normalised), whatever adapters there are: as near to
         them as `get_image_features`."""
-        parts = 1 if kwargs else self._parts(input_ids, input_ids.numel())  # position_ids may be [1, L]
+        one = attention_mask is not None and len(attention_mask) != len(input_ids)  # for all rows
+        parts = 1 if kwargs or one else self._parts(input_ids, input_ids.numel())
         masks = [None] * parts if attention_mask is None else attention_mask.tensor_split(parts)
         kwargs["return_dict"] = True
         with composing(self.clip.text_model, None):

@@ -68,7 +68,12 @@ def test_a_run_killed_as_it_removes_checkpoints_leaves_no_half_of_one(tmp_path, 
         assert all({file.name for file in path.iterdir()} == {"weights", "state"} for path in found)
         save_checkpoint(main, str(tmp_path), 6, 0)
     assert len(halves) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-5", "checkpoint-6"]
+    (tmp_path / "replaced-checkpoint-1").mkdir()
+    monkeypatch.setattr(os, "rmdir", lambda *given, **options: (_ for _ in ()).throw(OSError("still in use")))
+    save_checkpoint(main, str(tmp_path), 7, 0)  # what cannot be removed, as on a network's disk, does not stop it
+    monkeypatch.undo()
+    save_checkpoint(main, str(tmp_path), 6, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-6", "checkpoint-7"]
 
 
 def test_a_full_disk_stops_a_run_and_keeps_the_last_good_checkpoint(launch, clip_dir, tmp_path, monkeypatch):

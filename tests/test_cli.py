@@ -195,6 +195,8 @@ def test_metadata_that_cannot_be_read_is_told_before_a_model_is_loaded(run, pict
     index = "index", picture_folder, "-o", picture_folder.parent / "g", "--model", model_dir
     code, out, err = run(*index, "--metadata", picture_folder / "none.csv")
     assert code == 2 and out == "" and "none.csv cannot be read" in err
+    code, out, err = run(*index, "--prefix", "\udcff")
+    assert code == 2 and "prefix '\\udcff' is no text" in err
     (picture_folder / "metadata.csv").write_text("name,price\na.png,3\n", "utf-8")
     code, out, err = run(*index)
     assert code == 2 and out == "" and "metadata.csv has no column file_name; it has name, price" in err

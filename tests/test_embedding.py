@@ -43,6 +43,20 @@ def test_many_texts_go_through_the_text_tower_a_thousand_tokens_at_a_time(stage1
     assert max(sizes) <= 1024 < sum(sizes) and len(sizes) == -(-inputs["input_ids"].numel() // 1024)
     expected = clip.get_text_features(**inputs).pooler_output
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.full((length, length), float("-inf")).triu(1)[None, None]  # one for all texts
+    torch.testing.assert_close(stage1.get_text_features(**inputs), expected, atol=1e-5, rtol=0)
+
+
+def test_of_many_texts_a_few_are_tokenised_at_a_time(stage1, processor, monkeypatch):
+    """As what the tokenizer makes of long ones is large before it is cut."""
+    counts, plain = [], processor.token_ids
+    monkeypatch.setattr(processor, "token_ids", lambda texts: counts.append(len(texts)) or plain(texts))
+    embed_texts(stage1, processor, ["red", "that red", "that"] * 200, 64)
+    assert sum(counts) == 600 and max(counts) <= 256
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"a batch needs at least one text, not {size}"):
+            embed_texts(stage1, processor, ["red"], size)
 
 
 @torch.no_grad()

@@ -283,6 +283,13 @@ def test_what_a_models_endpoint_does_not_know_is_asked_its_way(server, write):
     assert server.requests[-1]["max_completion_tokens"] == 120
 
 
+def test_a_field_refused_for_one_prompt_alone_is_sent_with_the_next(server, write):
+    """As of one too long for the model, where the new name is not known either; the first reason is told."""
+    found, report = write([refusal("max_tokens"), (422, "unknown field", {}), GOOD], pairs=2, attempts=1)
+    assert found == [None, "make it red"] and report["HTTP 400"] == 1 and "HTTP 422" not in report
+    assert server.requests[-1]["max_tokens"] == 120 and "max_completion_tokens" not in server.requests[-1]
+
+
 def test_a_field_that_is_refused_again_ends_the_attempt(server, write):
     found, report = write([refusal("temperature")])
     assert found == [None] and report == {"HTTP 400": 1, "given up": 1} and len(server.requests) == 2

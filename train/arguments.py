@@ -145,7 +145,8 @@ def parse_arguments(*classes: type, description: str, required: tuple[str, ...] 
     )
     parser.add_argument("--config", help="YAML file of arguments; flags override it.")
     for action in parser._actions:
-        action.help += " (required)" if action.dest in required else ""
+        if action.dest in required:
+            action.help = f"{action.help} (required)"
     config = parser.parse_known_args()[0].config
     if config:
         try:

@@ -162,12 +162,15 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str, step: int, limit:
 
 def replaced(checkpoint: Path) -> Path:
     """Where a checkpoint waits to be removed, so that half of it is never taken for one."""
-    return checkpoint.with_name(f"replaced-{checkpoint.name}")
+    aside = checkpoint.with_name(f"replaced-{checkpoint.name}")
+    while os.path.lexists(aside):  # one of before, which could not be removed
+        aside = aside.with_name(f"{aside.name}-again")
+    return aside
 
 
 def remove_replaced(output_dir: str) -> None:
     for folder in Path(output_dir).glob("replaced-checkpoint-*"):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # the next time, where a network's disk holds it still
 
 
 def list_checkpoints(output_dir: str) -> list[Path]:

@@ -127,17 +127,20 @@ class Endpoint:
 
     def __call__(self, prompt: str) -> tuple[str, dict]:
         """The answer's text, and the tokens it took, with its `finish_reason`. Raises `EndpointError`."""
-        options = self.options
+        options, first = self.options, None
         while True:
             try:
-                return self._ask(prompt, options)
+                answer = self._ask(prompt, options)
             except EndpointError as error:
+                first = first or error
                 if error.refused not in ("temperature", "max_tokens") or error.refused not in options:
-                    raise
+                    raise (first if error.permanent else error) from None
                 options = {name: value for name, value in options.items() if name != error.refused}
                 if error.refused == "max_tokens":
                     options["max_completion_tokens"] = self.max_tokens
-                self.options = options
+            else:
+                self.options = options  # for the next, too, as they were taken
+                return answer
 
     def _ask(self, prompt: str, options: dict) -> tuple[str, dict]:
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], **options}
