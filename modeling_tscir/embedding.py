@@ -107,9 +107,7 @@ def embed_texts(
         for start in range(0, len(texts), batch_size * BATCHES_OF_TEXTS):
             rows = range(start, min(start + batch_size * BATCHES_OF_TEXTS, len(texts)))
             ids: dict[int, list[int]] = {}
-            for first in range(
-                0, len(rows), TEXTS_A_BATCH
-            ):  # before they are cut, long texts have ids by the thousand
+            for first in range(0, len(rows), TEXTS_A_BATCH):  # as long texts have many ids before they are cut
                 some = rows[first : first + TEXTS_A_BATCH]
                 ids |= zip(some, processor.token_ids([texts[row] for row in some]), strict=True)
             order = sorted(rows, key=lambda row: len(ids[row]))

@@ -207,7 +207,8 @@ class Writer:
     Args:
         ask: an [`Endpoint`], a [`ChatModel`], or any function from a prompt to (text, usage) with a `.model` name.
         cache: file of JSON lines.
-        attempts: at most this many requests a pair in a run, and answers of a pair in all runs.
+        attempts: at most this many requests a pair in a run, those for fields that an endpoint refuses aside, and
+            answers of a pair in all runs.
         first_wait: seconds before the second attempt, doubled for each further one, unless the endpoint says how long.
         max_wait: never wait longer.
     """
