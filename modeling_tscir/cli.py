@@ -268,7 +268,8 @@ def run_search(args: argparse.Namespace) -> int:
         print_table(results)
     if conditions and not results:
         asked = " ".join(f"--where {text!r}" for text in args.where)
-        tell(f"no picture meets {asked}; a value stands without quotes, and each --where holds one condition")
+        other = "other " if own else ""  # which the query's own may meet
+        tell(f"no {other}picture meets {asked}; a value stands without quotes, and each --where holds one condition")
     if args.html or args.png:
         from .contact_sheet import write_html, write_png
 

@@ -208,6 +208,7 @@ def test_conditions_that_no_picture_meets_are_told(run, indexed):
     assert "no picture meets --where 'colour=\"red\"' --where 'price>5'; a value stands without quotes" in err
     code, out, err = run("search", indexed, "--text", "a", "--where", "colour=red")
     assert code == 0 and len(out.splitlines()) == 3 and "no picture meets" not in err
+    assert "no other picture meets" in run("search", indexed, "--id", "2.png", "--text", "a", "--where", "price=20")[2]
 
 
 def test_letters_of_other_languages_are_drawn():
